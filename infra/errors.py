@@ -1,0 +1,164 @@
+"""Every error that a user can meet, in one hierarchy.
+
+Guarantees: each error carries its data as attributes, an exit code and whether a retry can help; its text says
+what happened, the value seen and the command or change that fixes it.
+Knows nothing of: how an error is printed; the command line prints `str(error)` and exits with `exit_code`.
+"""
+
+from collections.abc import Iterable
+
+
+class BitDGDMError(Exception):
+    """Base of the hierarchy. exit_code: 1 failed, 2 bad input, 3 partial, 75 try again."""
+
+    exit_code = 1
+    retryable = False
+
+
+class BadInput(BitDGDMError):
+    """The user gave something that can't be used; nothing was changed."""
+
+    exit_code = 2
+
+
+class Retryable(BitDGDMError):
+    """The same command may work later (sysexits EX_TEMPFAIL)."""
+
+    exit_code = 75
+    retryable = True
+
+
+# -- specs and campaigns ------------------------------------------------------------------------------------
+
+
+class SpecInvalid(BadInput):
+    """A spec file or flag doesn't fit the schema; `problems` holds one line each."""
+
+    def __init__(self, where: str, problems: Iterable[str]) -> None:
+        self.where, self.problems = where, tuple(problems)
+        super().__init__(
+            f"{where} is not a valid campaign spec: {'; '.join(self.problems)}. "
+            "See the keys with: bitdgdm generate --help"
+        )
+
+
+class SpecChanged(BadInput):
+    """A campaign was started under another spec; resuming would mix two campaigns in one folder."""
+
+    def __init__(self, campaign: str, field: str, stored: object, given: object) -> None:
+        self.campaign, self.field, self.stored, self.given = campaign, field, stored, given
+        super().__init__(
+            f"{campaign} was started with {field}={stored}, now it is {field}={given}. "
+            f"Start a new campaign with another --out, or continue the stored one: bitdgdm generate --resume {campaign}"
+        )
+
+
+class CampaignNotFound(BadInput):
+    def __init__(self, url: str) -> None:
+        self.url = url
+        super().__init__(
+            f"no campaign at {url} (there is no campaign.json). "
+            f"Start one with: bitdgdm generate --model builtin:digress-qm9 --count 1000 --out {url}"
+        )
+
+
+class CampaignStuck(Retryable):
+    """No unit was committed for longer than the watchdog allows."""
+
+    def __init__(self, campaign: str, pending: int, idle_s: float) -> None:
+        self.campaign, self.pending, self.idle_s = campaign, pending, idle_s
+        super().__init__(
+            f"no unit of {campaign} was committed for {idle_s:.0f} s while {pending} are pending. "
+            f"Committed work is safe; continue with: bitdgdm generate --resume {campaign}"
+        )
+
+
+# -- storage ------------------------------------------------------------------------------------------------
+
+
+class StorageUnavailable(Retryable):
+    def __init__(self, url: str, reason: str) -> None:
+        self.url, self.reason = url, reason
+        super().__init__(f"storage at {url} doesn't answer: {reason}. Check the network and AWS_ENDPOINT_URL, then repeat")
+
+
+class StorageRefused(BadInput):
+    """Credentials, permission or a missing bucket: a retry can't help."""
+
+    def __init__(self, url: str, reason: str, fix: str) -> None:
+        self.url, self.reason = url, reason
+        super().__init__(f"storage at {url} refused the request: {reason}. {fix}")
+
+
+class CreateOnlyUnsupported(BadInput):
+    """The store accepted a second create of one object, so "exactly once" can't be kept there."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        super().__init__(
+            f"storage at {url} ignores create-only puts (If-None-Match): two workers could both commit one unit. "
+            "Use a store that honours them (AWS S3, MinIO, Ceph, GCS, a local disk) as --out"
+        )
+
+
+# -- models, artifacts, recipes -----------------------------------------------------------------------------
+
+
+class UnknownRecipe(BadInput):
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name, self.known = name, tuple(known)
+        super().__init__(f"there is no recipe {name!r}. Use one of: {', '.join(self.known)}")
+
+
+class ModelNotFound(BadInput):
+    def __init__(self, uri: str, reason: str) -> None:
+        self.uri, self.reason = uri, reason
+        super().__init__(f"no model at {uri}: {reason}. See what there is with: bitdgdm models list")
+
+
+class ModelMismatch(BadInput):
+    """Names, shapes or dims of a checkpoint don't fit the network it claims to be."""
+
+    def __init__(self, where: str, problems: Iterable[str]) -> None:
+        self.where, self.problems = where, tuple(problems)
+        shown = "; ".join(self.problems[:5]) + ("; ..." if len(self.problems) > 5 else "")
+        super().__init__(f"{where} doesn't fit the network: {shown}. Give the model's own config.yaml with --config")
+
+
+class UnsafeCheckpoint(BadInput):
+    """A pickled checkpoint holds something other than tensors and plain values; nothing of it was executed."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(
+            f"{path} can't be read safely ({reason}); nothing in it was executed. "
+            "Save its state_dict as safetensors where it was made, then: bitdgdm import FILE.safetensors --config config.yaml"
+        )
+
+
+class ArtifactCorrupt(BadInput):
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path} is not a whole artifact: {reason}. Fetch it again with: bitdgdm models pull NAME@ALIAS")
+
+
+class ArtifactTooNew(BadInput):
+    def __init__(self, path: str, found: int, supported: int) -> None:
+        self.path, self.found, self.supported = path, found, supported
+        super().__init__(
+            f"{path} has format version {found}, this code reads up to {supported}. Upgrade: pip install -U bitdgdm"
+        )
+
+
+class NotFinite(BadInput):
+    """A weight or an activation holds NaN or infinity."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(f"{what} holds NaN or infinity, so it can't be quantized. Check the source checkpoint")
+
+
+class RegistryUnavailable(Retryable):
+    def __init__(self, uri: str, reason: str) -> None:
+        self.uri, self.reason = uri, reason
+        super().__init__(f"the MLflow registry at {uri} doesn't answer: {reason}. Check MLFLOW_TRACKING_URI, then repeat")
