@@ -4,6 +4,7 @@ Guarantees: every field is checked when read; unknown fields are refused; equal 
 Knows nothing of: how and in which order they are stored (infra/commit.py).
 """
 
+import builtins
 import hashlib
 import uuid
 from collections.abc import Iterable, Mapping
@@ -19,12 +20,12 @@ _Hash = Field(pattern=r"^[0-9a-f]{64}$")
 class _Stored(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self) -> builtins.bytes:
         """Raises: TypeError for what JSON can't hold, such as NaN in `stats`."""
         return canonical_json(self.model_dump()).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
+    def from_bytes(cls, data: builtins.bytes) -> Self:
         """Raises: pydantic.ValidationError."""
         return cls.model_validate_json(data)
 
@@ -49,7 +50,7 @@ class CommitRecord(_Stored):
     stats: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def describe(cls, shard: bytes, *, unit: int, attempt: str, **fields: Any) -> Self:
+    def describe(cls, shard: builtins.bytes, *, unit: int, attempt: str, **fields: Any) -> Self:
         """Return the record of `shard`: path, sha256 and bytes come from it, the rest is given."""
         path = shard_key(unit, attempt)
         return cls(
