@@ -100,7 +100,7 @@ def decompose(
     begin = time.perf_counter()
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"a weight is a non-empty matrix, not {list(weight.shape)}")
-    w = weight.detach().to(torch.float32)
+    w = weight.detach().to(torch.float32).contiguous()
     if not bool(torch.isfinite(w).all()):
         raise NotFinite(f"a weight of shape {list(weight.shape)}")
     if not recipe.weight_quantized:

@@ -22,7 +22,7 @@ def layernorm_bound(gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 def k_sigma(gamma: Tensor, beta: Tensor, k: float) -> Tensor:
-    """float[d]: tau_j = |beta_j| + k |gamma_j|; at most `outlier_limit(d, k)` entries of any token exceed it."""
+    """float[d]: tau_j = |beta_j| + k |gamma_j|; no token has more than `outlier_limit(d, k)` above it."""
     return beta.abs() + k * gamma.abs()
 
 

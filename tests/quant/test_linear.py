@@ -1,0 +1,268 @@
+"""Run: .venv/bin/python -m pytest tests/quant/test_linear.py
+
+The expectation is built in NumPy: activation codes in float32 as documented, the integer product in int64,
+everything else in float64.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bitdgdm.quant.decompose import decompose, merged
+from bitdgdm.quant.linear import QuantLinear, exact_product, quantize_tokens, row_threshold
+from bitdgdm.quant.recipe import Recipe, get_recipe, recipes
+
+DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")
+VARIANTS = (
+    *recipes(),
+    dataclasses.replace(DEFAULT, name="16-bit factors", factor_bits=16),
+    dataclasses.replace(DEFAULT, name="no factors", rank=0),
+    dataclasses.replace(DEFAULT, name="no sparse part", alpha=0.0),
+    dataclasses.replace(DEFAULT, name="symmetric", act_asymmetric=False),
+    Recipe("8-bit asymmetric", 8, 8, act_asymmetric=True, outlier_sigma=4.0),
+    Recipe("weights only", 4, 16, rank=4, alpha=0.05, weight_clip="mse"),
+)
+each_recipe = pytest.mark.parametrize("recipe", VARIANTS, ids=lambda recipe: recipe.name)
+
+
+def in_float64(parts):
+    """codes int64, scale, L R^T + S from the stored tensors, without the functions under test."""
+    out_features, in_features = parts.shape
+    q = parts.qweight
+    if q.is_floating_point():
+        codes, scale = q.double().numpy(), np.ones(out_features)
+    else:
+        raw = q.numpy()
+        if raw.dtype == np.uint8:
+            nibbles = np.stack((raw % 16, raw // 16), axis=-1).reshape(out_features, -1)[:, :in_features]
+            raw = (nibbles.astype(np.int64) + 8) % 16 - 8
+        codes, scale = raw.astype(np.int64), parts.scale.double().numpy()
+    side = np.zeros(parts.shape)
+    if parts.proj_up is not None:
+        up, down = parts.proj_up.double().numpy(), parts.proj_down.double().numpy()
+        if parts.proj_up_scale is not None:
+            up, down = (
+                up * parts.proj_up_scale.double().numpy(),
+                down * parts.proj_down_scale.double().numpy(),
+            )
+        side = up @ down.T
+    if parts.sparse_index is not None:
+        rows, columns = np.divmod(parts.sparse_index.numpy().astype(np.int64), in_features)
+        side[rows, columns] += parts.sparse_value.double().numpy()
+    return codes, scale, side
+
+
+def activation_codes(t, bits, asymmetric):
+    """(codes int64, scale float32[M, 1]); every line is one float32 operation."""
+    tiny, one = np.finfo(np.float32).tiny, np.float32(1)
+    if asymmetric:
+        levels = np.float32(2**bits - 1)
+        low, high = np.minimum(t.min(1, keepdims=True), 0), np.maximum(t.max(1, keepdims=True), 0)
+        scale = np.maximum(high / levels - low / levels, tiny)
+        zero = np.rint(low * (one / scale))
+        return np.clip(np.rint(t * (one / scale)), zero, zero + levels).astype(np.int64), scale
+    top = np.float32(2 ** (bits - 1) - 1)
+    scale = np.maximum(np.abs(t).max(1, keepdims=True) / top, tiny)
+    return np.clip(np.rint(t * (one / scale)), -top, top).astype(np.int64), scale
+
+
+def expected(x, parts, bias, recipe, tau):
+    """(y float64, bound of what float32 summation may lose)."""
+    codes, scale, side = in_float64(parts)
+    d = codes * scale[:, None]
+    wide = x.astype(np.float64)
+    if recipe.act_bits >= 16:
+        y = wide @ (d + side).T
+    else:
+        outliers = np.zeros_like(x)
+        if recipe.outlier_sigma is not None:
+            limit = (
+                tau
+                if tau is not None
+                else np.sqrt(np.square(wide).mean(1, keepdims=True)) * recipe.outlier_sigma
+            )
+            outliers = np.where(np.abs(x) > np.float32(limit), x, np.float32(0))
+        q, s = activation_codes(x - outliers, recipe.act_bits, recipe.act_asymmetric)
+        y = (q @ codes.T) * s.astype(np.float64) * scale + outliers.astype(np.float64) @ d.T + wide @ side.T
+    sums = np.abs(wide) @ (np.abs(d) + np.abs(side)).T + np.abs(bias)
+    return y + bias, sums * (x.shape[1] + 16) * 2.0**-23 + 1e-36
+
+
+def check(recipe, w, x, tau=None, seed=0):
+    parts, _ = decompose(torch.from_numpy(w), recipe)
+    bias = np.random.default_rng(seed).standard_normal(w.shape[0]).astype(np.float32)
+    layer = QuantLinear.from_parts(
+        parts, torch.from_numpy(bias), recipe, None if tau is None else torch.from_numpy(tau)
+    )
+    y, loss = expected(x, parts, bias, recipe, tau)
+    assert (np.abs(layer(torch.from_numpy(x)).double().numpy() - y) <= loss).all()
+
+
+@each_recipe
+@pytest.mark.parametrize("shape", [(64, 256), (33, 71), (7, 2048), (1, 5), (5, 1)], ids=str)
+def test_the_output_equals_the_formula_on_random_input(recipe, shape):
+    rng = np.random.default_rng(shape[1])
+    w = rng.standard_t(5, shape).astype(np.float32) * 0.1
+    x = rng.standard_t(3, (9, shape[1])).astype(np.float32)
+    check(recipe, w, x)
+    check(recipe, w, x, tau=rng.uniform(0, 3, shape[1]).astype(np.float32))
+
+
+@each_recipe
+def test_the_output_equals_the_formula_on_adversarial_tokens(recipe):
+    rng = np.random.default_rng(3)
+    w = rng.standard_normal((24, 40)).astype(np.float32)
+    w[5] = 0
+    w[:, 7] *= 1000
+    normal = rng.standard_normal(40).astype(np.float32)
+    one_huge, one_hot, half_off = normal.copy(), np.zeros(40, np.float32), np.maximum(normal, 0)
+    one_huge[11], one_hot[2] = 1e30, 1
+    scaled = [normal * np.float32(size) for size in (0, 1e-42, 1e-38, 1e25)]
+    constant = [np.full(40, value, np.float32) for value in (3, -3)]
+    tokens = np.stack(
+        [normal, one_huge, one_hot, half_off, -half_off, np.abs(normal) + 50, *scaled, *constant]
+    )
+    check(recipe, w, tokens)
+    check(recipe, w, tokens, tau=np.abs(normal))  # every entry of the first token is at its threshold
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.sampled_from(VARIANTS),
+    st.integers(0, 2**31),
+    st.floats(-30, 30),
+)
+def test_the_output_equals_the_formula_for_any_size_and_scale(k, n, recipe, seed, exponent):
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    x = (rng.standard_cauchy((4, k)) * 2.0**exponent).astype(np.float32)
+    check(recipe, w, x, seed=seed)
+
+
+@pytest.mark.parametrize("k", [1, 64, 256, 1024, 1041, 2048, 5000])
+@pytest.mark.parametrize(("low", "high", "top"), [(-127, 127, 127), (0, 255, 255), (0, 15, 15)])
+def test_the_integer_product_is_exact_at_the_extremes(k, low, high, top):
+    rng = np.random.default_rng(k)
+    weight_low = -128 if top > 15 else -8
+    mixed = rng.integers(weight_low, -weight_low, (3, k))
+    q = np.concatenate([np.full((1, k), high), np.full((1, k), low), rng.integers(low, high + 1, (3, k))])
+    w = np.concatenate([np.full((1, k), weight_low), np.full((1, k), -weight_low - 1), mixed])
+    product = exact_product(torch.from_numpy(q).float(), torch.from_numpy(w).float(), top * -weight_low)
+    assert np.array_equal(product.numpy(), (q.astype(np.int64) @ w.T.astype(np.int64)).astype(np.float32))
+
+
+@given(st.integers(0, 2**31), st.sampled_from([4, 8]))
+def test_unsigned_codes_with_the_row_sum_correction_give_the_same_integers(seed, bits):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((3, 50)) + rng.uniform(-3, 3)).astype(np.float32)
+    w = rng.integers(-8, 8, (6, 50))
+    q, s = quantize_tokens(torch.from_numpy(x), bits, asymmetric=True)
+    zero = np.rint(np.minimum(x.min(1, keepdims=True), 0) * (np.float32(1) / s.numpy())).astype(np.int64)
+    unsigned = q.numpy().astype(np.int64) - zero
+    assert unsigned.min() >= 0 and unsigned.max() <= 2**bits - 1
+    corrected = unsigned @ w.T + zero * w.sum(axis=1)
+    assert np.array_equal(corrected, q.numpy().astype(np.int64) @ w.T)
+
+
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_zero_is_represented_exactly_and_rounding_costs_at_most_one_step(asymmetric):
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)) + 2
+    x[:, ::3] = 0
+    q, s = quantize_tokens(x, 4, asymmetric)
+    assert not (q * s)[:, ::3].any()
+    assert float(((q * s - x).abs() / s).max()) <= 1.0
+
+
+def test_asymmetric_codes_spend_all_levels_on_a_one_sided_token():
+    x = torch.linspace(0, 1, 64)[None]
+    errors = []
+    for asymmetric in (True, False):
+        q, s = quantize_tokens(x, 4, asymmetric)
+        errors.append(float((q * s - x).norm()))
+    assert errors[0] < 0.55 * errors[1]
+
+
+@given(st.integers(1, 60), st.floats(1.0, 5.0), st.integers(0, 2**31))
+def test_fewer_than_k_over_sigma_squared_entries_are_outliers(k, sigma, seed):
+    x = torch.from_numpy(np.random.default_rng(seed).standard_cauchy((5, k)).astype(np.float32))
+    count = (x.abs() > row_threshold(x, sigma)).sum(dim=1)
+    assert bool((count < k / sigma**2 * (1 + 1e-6)).all())
+
+
+def test_an_outlier_passes_in_16_bit_and_does_not_coarsen_the_rest_of_its_token():
+    rng = np.random.default_rng(1)
+    recipe = Recipe("outliers", 8, 4, outlier_sigma=3.0)
+    parts, _ = decompose(torch.from_numpy(rng.standard_normal((64, 256)).astype(np.float32)), recipe)
+    layer, weight = QuantLinear.from_parts(parts, None, recipe), merged(parts).double()
+    x = torch.from_numpy(rng.standard_normal((8, 256)).astype(np.float32)).clamp(-2, 2)
+    x[:, 9] = 0
+    error = layer(x).double() - x.double() @ weight.T
+    x[:, 9] = 300
+    error_beside_outlier = layer(x).double() - x.double() @ weight.T
+    assert torch.allclose(error, error_beside_outlier, atol=1e-3)
+
+
+def test_full_precision_is_the_linear_itself():
+    linear = nn.Linear(37, 11)
+    parts, _ = decompose(linear.weight, get_recipe("fp32"))
+    x = torch.randn(5, 37)
+    layer = QuantLinear.from_parts(parts, linear.bias, get_recipe("fp32"))
+    assert torch.equal(layer(x), linear(x))
+
+
+@each_recipe
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_token_that_is_not_finite_spoils_its_own_output_and_no_other(recipe, bad):
+    rng = np.random.default_rng(2)
+    layer = QuantLinear.from_parts(
+        decompose(torch.from_numpy(rng.standard_normal((6, 30))), recipe)[0], None, recipe
+    )
+    x = torch.from_numpy(rng.standard_normal((4, 30))).float()
+    clean = layer(x)
+    x[2, 5] = bad
+    y = layer(x)
+    assert not bool(torch.isfinite(y[2]).any())
+    assert torch.equal(y[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+@each_recipe
+def test_any_leading_shape_an_empty_batch_and_bfloat16_work(recipe):
+    layer = QuantLinear.from_parts(decompose(torch.randn(6, 30), recipe)[0], torch.randn(6), recipe)
+    x = torch.randn(2, 3, 4, 30)
+    assert torch.allclose(layer(x), layer(x.view(24, 30)).view(2, 3, 4, 6), rtol=1e-5, atol=1e-6)
+    assert layer(x[:0]).shape == (0, 3, 4, 6) and layer(x[0, 0, 0]).shape == (6,)
+    half = x.bfloat16()
+    assert torch.equal(layer(half), layer(half.float()).bfloat16())
+
+
+@each_recipe
+def test_autocast_does_not_change_the_result(recipe):
+    layer = QuantLinear.from_parts(decompose(torch.randn(6, 30), recipe)[0], torch.randn(6), recipe)
+    x = torch.randn(5, 30)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer(x)
+    assert torch.equal(inside, layer(x))
+
+
+@each_recipe
+def test_no_shape_depends_on_data(recipe):
+    layer = QuantLinear.from_parts(
+        decompose(torch.randn(6, 30), recipe)[0], torch.randn(6), recipe, torch.rand(30)
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a read of any value would raise here
+        y = layer(torch.empty(2, 5, 30))
+    assert y.shape == (2, 5, 6)
+
+
+def test_a_bias_or_threshold_of_another_length_is_refused():
+    parts, _ = decompose(torch.randn(6, 30), DEFAULT)
+    for bias, tau, name in ((torch.zeros(7), None, "bias"), (torch.zeros(6), torch.zeros(31), "tau")):
+        with pytest.raises(ValueError, match=name):
+            QuantLinear.from_parts(parts, bias, DEFAULT, tau)

@@ -1,0 +1,60 @@
+"""Run: .venv/bin/python -m pytest tests/quant/test_thresholds.py"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from bitdgdm.quant.thresholds import k_sigma, layernorm_bound, outlier_limit, relu_k_sigma
+
+
+@st.composite
+def normalised_tokens(draw):
+    """A token of any shape, spikes included, through a LayerNorm with any gamma and beta, in float64."""
+    d = draw(st.integers(2, 80))
+    value = st.floats(-1e6, 1e6)
+    token, gamma, beta = (draw(hnp.arrays(np.float64, d, elements=value)) for _ in range(3))
+    if draw(st.booleans()):
+        token = np.where(np.arange(d) == draw(st.integers(0, d - 1)), token, 0.0)
+    token, gamma, beta = (torch.from_numpy(v) for v in (token, gamma, beta))
+    return F.layer_norm(token, (d,), gamma, beta), gamma, beta
+
+
+@given(normalised_tokens())
+def test_no_entry_of_any_token_exceeds_the_layernorm_bound(case):
+    x, gamma, beta = case
+    bound = layernorm_bound(gamma, beta)
+    assert bool((x.abs() <= bound * (1 + 1e-9) + 1e-9).all())
+
+
+@given(normalised_tokens(), st.floats(0.5, 6))
+def test_no_token_has_more_entries_beyond_k_sigma_than_the_limit(case, k):
+    x, gamma, beta = case
+    beyond = x.abs() > k_sigma(gamma, beta, k) * (1 + 1e-9) + 1e-9
+    assert int(beyond.sum()) <= outlier_limit(x.numel(), k)
+
+
+def test_the_bound_and_the_limit_are_reached():
+    d = 17
+    spike = torch.zeros(d, dtype=torch.float64)
+    spike[3] = 1e9
+    ones, zeros = torch.ones(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
+    x = F.layer_norm(spike, (d,), ones, zeros)
+    assert float(x.max()) > 0.999 * float(layernorm_bound(ones, zeros).max())
+    assert outlier_limit(256, 4) == 15 and outlier_limit(64, 3) == 7 and outlier_limit(8, 3) == 0
+
+
+def test_relu_k_sigma_is_the_mean_plus_k_deviations_of_the_simulated_pre_activation():
+    rng = np.random.default_rng(0)
+    w1, b1 = rng.standard_normal((6, 32)), rng.standard_normal(6)
+    gamma, beta = rng.uniform(0.5, 2, 32), rng.standard_normal(32)
+    tau = relu_k_sigma(*(torch.from_numpy(v) for v in (w1, b1, gamma, beta)), 3.0).numpy()
+    h = (rng.standard_normal((200_000, 32)) * gamma + beta) @ w1.T + b1
+    assert np.allclose(tau, np.maximum(h.mean(axis=0) + 3 * h.std(axis=0), 0), atol=0.05 * h.std())
+
+
+def test_a_unit_that_never_fires_has_threshold_zero():
+    w1, b1 = torch.ones(1, 4), torch.tensor([-100.0])
+    assert float(relu_k_sigma(w1, b1, torch.ones(4), torch.zeros(4), 3.0)) == 0.0
