@@ -52,7 +52,8 @@ def philox(seed: int, sample_id: Tensor, step: int | Tensor, slot: Tensor) -> Te
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed {seed} is not in [0, 2^64)")
     sample_id, slot = torch.broadcast_tensors(sample_id, slot)
-    steps = torch.as_tensor(step, dtype=torch.int64, device=slot.device).expand_as(slot)
+    # full_like and not tensor(): a copy from the host would make a CUDA stream wait
+    steps = step.expand_as(slot) if isinstance(step, Tensor) else torch.full_like(slot, step)
     counter = (sample_id & _MASK32, (sample_id >> 32) & _MASK32, steps, slot)
     word = philox4x32(counter, (seed & _MASK32, seed >> 32))[0]
     return ((word >> 8) + 1).to(torch.float32) * 2.0**-24
