@@ -1,0 +1,223 @@
+"""Draw graphs by id: from noise in any number of steps, the same graph wherever and with whomever drawn.
+
+Guarantees (law L1): graph i is a function of (engine, seed, i, number of steps, micro-batch size) only. The
+network always sees one whole micro-batch of a fixed shape, aligned to absolute ids: graph i sits in slot
+i mod size, and ids that nobody asked for are computed as companions and dropped. Inside the step loop there
+is no host synchronisation.
+Knows nothing of: which network or hardware the engine is, chemistry, units, files.
+
+A draw for the state at time s is keyed by step s; the node count and z_T are keyed by step T.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitdgdm.infra.errors import LogitsNotFinite
+from bitdgdm.models.digress_config import DigressConfig
+from bitdgdm.models.engine import Engine, one_thread
+from bitdgdm.models.noise import cosine_schedule, posterior, posterior_table, steps
+from bitdgdm.models.philox import count_slot, edge_slots, node_slots, philox
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Graphs of consecutive ids, on the CPU. n: int64[B]; X: int8[B, n_pad]; E: int8[B, n_pad, n_pad].
+
+    X and E hold class indices, 0 beyond the n nodes of a graph; E is symmetric with 0 on the diagonal.
+    """
+
+    n: Tensor
+    X: Tensor
+    E: Tensor
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+    def __getitem__(self, part: slice) -> "Graphs":
+        return Graphs(self.n[part], self.X[part], self.E[part])
+
+    @staticmethod
+    def concat(parts: list["Graphs"]) -> "Graphs":
+        """Join parts of consecutive ids."""
+        return Graphs(*(torch.cat([getattr(p, field) for p in parts]) for field in ("n", "X", "E")))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything of a sampler run that doesn't depend on ids, on the device."""
+
+    times: tuple[int, ...]
+    times_on_device: Tensor
+    node_tables: Tensor  # float32[steps, z_t, x_0, z_s]
+    edge_tables: Tensor
+    node_noise: Tensor
+    edge_noise: Tensor
+    node_counts: Tensor
+    slots: Tensor  # int64[n_pad + edges]
+    rows: Tensor  # int64[edges], of the upper triangle
+    cols: Tensor
+
+
+@lru_cache(maxsize=8)
+def _plan(config: DigressConfig, n_steps: int, device: torch.device) -> _Plan:
+    schedule = cosine_schedule(config.diffusion_steps)
+    times = steps(config.diffusion_steps, n_steps)
+
+    def tables(marginals: tuple[float, ...]) -> Tensor:
+        m = np.array(marginals)
+        stack = [posterior_table(schedule, m, t, s) for t, s in pairwise(times)]
+        return torch.from_numpy(np.stack(stack)).to(device, torch.float32)
+
+    def weights(values: tuple[float, ...]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    rows, cols = torch.triu_indices(config.n_pad, config.n_pad, 1)
+    slots = torch.cat((node_slots(config.n_pad), edge_slots(config.n_pad, rows, cols)))
+    return _Plan(
+        times, torch.tensor(times, device=device),
+        tables(config.node_marginals), tables(config.edge_marginals),
+        weights(config.node_marginals), weights(config.edge_marginals), weights(config.n_nodes),
+        slots.to(device), rows.to(device), cols.to(device),
+    )  # fmt: skip
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """Return int64[...]: the class that u falls into, by the inverse of the weights cumulated in class order.
+
+    weights: float[..., K] >= 0, not normalised. u: float32[...] in (0, 1]. Weight 0 is never drawn.
+    """
+    cumulated = [weights[..., 0]]
+    for k in range(1, weights.shape[-1]):  # one after the other, so that the rounding is the same everywhere
+        cumulated.append(cumulated[-1] + weights[..., k])
+    target = u.to(weights.dtype) * cumulated[-1]
+    index = torch.zeros_like(target, dtype=torch.int64)
+    for below in cumulated[:-1]:
+        index = index + (below < target)
+    return index
+
+
+def sample_micro_batch(
+    engine: Engine,
+    config: DigressConfig,
+    seed: int,
+    first_id: int,
+    size: int,
+    n_steps: int,
+    on_step: Callable[[int], object] | None = None,
+) -> Graphs:
+    """Return the graphs first_id .. first_id + size - 1, one call of the network a step.
+
+    on_step is told the number of steps that were queued (on CUDA they may still run).
+    Raises: ValueError if first_id is no multiple of size; LogitsNotFinite.
+    """
+    if first_id < 0 or first_id % size:
+        raise ValueError(f"a micro-batch of {size} starts at a multiple of {size}, not at {first_id}")
+    with torch.inference_mode(), one_thread(engine.device):
+        return _denoise(engine, config, seed, first_id, size, n_steps, on_step)
+
+
+def _denoise(
+    engine: Engine,
+    config: DigressConfig,
+    seed: int,
+    first_id: int,
+    size: int,
+    n_steps: int,
+    on_step: Callable[[int], object] | None,
+) -> Graphs:
+    device, n_pad, start = engine.device, config.n_pad, config.diffusion_steps
+    plan = _plan(config, n_steps, device)
+    ids = torch.arange(first_id, first_id + size, device=device)
+    node_classes = torch.eye(len(config.node_marginals), device=device)
+    edge_classes = torch.eye(len(config.edge_marginals), device=device)
+
+    count_key = torch.tensor(count_slot(n_pad), device=device)
+    n = draw(plan.node_counts, philox(seed, ids, start, count_key))
+    mask = torch.arange(n_pad, device=device) < n[:, None]
+    pair_mask = mask[:, :, None] & mask[:, None, :]
+    off_diagonal = ~torch.eye(n_pad, dtype=torch.bool, device=device)
+
+    def square(edges: Tensor) -> Tensor:
+        full = torch.zeros(size, n_pad, n_pad, dtype=torch.int64, device=device)
+        full[:, plan.rows, plan.cols] = edges
+        full[:, plan.cols, plan.rows] = edges
+        return full * pair_mask
+
+    u = philox(seed, ids[:, None], start, plan.slots)
+    x = draw(plan.node_noise, u[:, :n_pad]) * mask
+    e = square(draw(plan.edge_noise, u[:, n_pad:]))
+    seen_pairs = pair_mask & off_diagonal  # z_T has no class on the diagonal; every later state has class 0
+    finite = torch.ones((), dtype=torch.bool, device=device)
+
+    for k, s in enumerate(plan.times[1:]):
+        logits_x, logits_e = engine.logits(
+            node_classes[x] * mask[..., None],
+            edge_classes[e] * seen_pairs[..., None],
+            plan.times_on_device[k].expand(size),
+            mask,
+        )
+        u = philox(seed, ids[:, None], s, plan.slots)
+        p_x = posterior(logits_x.softmax(-1), x, plan.node_tables[k])
+        upper = e[:, plan.rows, plan.cols]
+        p_e = posterior(logits_e[:, plan.rows, plan.cols].softmax(-1), upper, plan.edge_tables[k])
+        finite = finite & p_x.isfinite().all() & p_e.isfinite().all()
+        x = draw(p_x, u[:, :n_pad]) * mask
+        e = square(draw(p_e, u[:, n_pad:]))
+        seen_pairs = pair_mask
+        if on_step is not None:
+            on_step(k + 1)
+
+    if not bool(finite):
+        raise LogitsNotFinite(engine.name, first_id, size)
+    return Graphs(n.cpu(), x.to(torch.int8).cpu(), e.to(torch.int8).cpu())
+
+
+def sample_batches(
+    engine: Engine,
+    config: DigressConfig,
+    seed: int,
+    first_id: int,
+    count: int,
+    n_steps: int,
+    micro_batch: int,
+    on_progress: Callable[[float], object] | None = None,
+) -> Iterator[tuple[int, Graphs]]:
+    """Yield (id of the first graph, graphs) for the ids first_id .. first_id + count - 1 by micro-batch.
+
+    on_progress is told the fraction of all steps that is done.
+    Raises: ValueError for a negative id, count or micro_batch below 1; LogitsNotFinite.
+    """
+    if first_id < 0 or count < 1 or micro_batch < 1:
+        raise ValueError(f"no samples: first_id {first_id}, count {count}, micro_batch {micro_batch}")
+    stop = first_id + count
+    starts = range(first_id - first_id % micro_batch, stop, micro_batch)
+    for done, start in enumerate(starts):
+
+        def on_step(step: int, done: int = done) -> None:
+            if on_progress is not None:
+                on_progress((done * n_steps + step) / (len(starts) * n_steps))
+
+        graphs = sample_micro_batch(engine, config, seed, start, micro_batch, n_steps, on_step)
+        asked = slice(max(first_id - start, 0), min(stop - start, micro_batch))
+        yield start + asked.start, graphs[asked]
+
+
+def sample_ids(
+    engine: Engine,
+    config: DigressConfig,
+    seed: int,
+    first_id: int,
+    count: int,
+    n_steps: int,
+    micro_batch: int,
+    on_progress: Callable[[float], object] | None = None,
+) -> Graphs:
+    """Return the graphs first_id .. first_id + count - 1. Takes and raises what `sample_batches` does."""
+    batches = sample_batches(engine, config, seed, first_id, count, n_steps, micro_batch, on_progress)
+    return Graphs.concat([graphs for _, graphs in batches])
