@@ -1,0 +1,194 @@
+"""One denoising step of a batch of graphs, and all of them: the order of the launches and the buffers between them.
+
+Guarantees: a graph's result is a function of (weights, seed, id, times) and not of its companions, its place or the
+batch size; no host synchronisation between steps; a step can be captured in a CUDA graph, since the time is read from
+device memory.
+Knows nothing of: molecules, files, noise schedules (it gets times and tables), how a kernel is built.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitdgdm.kernels.graphs import Layout, layout
+from bitdgdm.kernels.launch import Launcher
+from bitdgdm.kernels.network import Network
+
+_TURN, _NODE, _TOTAL = 24, 80, 40  # bytes of the structs of features.cu
+
+
+def attend_steps(shared_bytes: int) -> int:
+    """M-tiles a round of edge_attend for which there is shared memory (at most 16, one a warp)."""
+    return min(16, (shared_bytes - 32768 - 2816) // 12288)
+
+
+def _attend_shared(steps: int) -> int:
+    return steps * 12288 + 32768 + 2816
+
+
+def _features_shared(n_pad: int) -> tuple[int, int]:
+    """Warps a block and bytes a block."""
+    m = n_pad + n_pad % 2
+    graph = 2 * m * (m + 1) * 8 + m // 2 * _TURN + m * _NODE + m * 8 + _TOTAL
+    warp = 32 // min(32, m) * graph
+    warps = max(1, min(4, 90_000 // warp))
+    return warps, warps * warp
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What the sampler knows of the diffusion, on the device.
+
+    times: int32[steps + 1], decreasing to 0. tables_x, tables_e: float32[steps, K, K, K], posterior [z_t, x_0, z_s].
+    """
+
+    times: Tensor
+    tables_x: Tensor
+    tables_e: Tensor
+
+
+class Denoiser:
+    """The buffers and launches of one batch.
+
+    x: uint8[B, n_pad], e: uint8[B, n_pad, n_pad]: classes, replaced by each step; 0 beyond the n nodes.
+    """
+
+    def __init__(self, network: Network, noise: Noise, n: Tensor, ids: Tensor, seed: int, launcher: Launcher) -> None:
+        """n, ids: int64[B], nodes and sample id of each graph."""
+        s, device = network.shape, launcher.device
+        self.network, self.noise, self.launcher = network, noise, launcher
+        self.layout: Layout = layout(n, s.n_pad, launcher.multiprocessors, device)
+        at = self.layout
+        self.attend_steps = attend_steps(launcher.shared_bytes)
+        tiles16 = -(-at.count // 16)
+
+        def bf16(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.bfloat16, device=device)
+
+        in_ks = -(-s.channels_x // 16)
+        self.x = torch.zeros(at.count, s.n_pad, dtype=torch.uint8, device=device)
+        self.e = torch.zeros(at.count, s.n_pad, s.n_pad, dtype=torch.uint8, device=device)
+        self.ids = ids.to(device, torch.int64)
+        self.seed = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], dtype=torch.int64).to(torch.uint32).to(device)
+        self.step = torch.zeros(1, dtype=torch.int32, device=device)
+        self.not_finite = torch.zeros(1, dtype=torch.int32, device=device)
+        self.rows_in, self.graphs_in = bf16(at.tiles, in_ks, 32, 8), bf16(tiles16, 1, 32, 8)
+        self.X, self.q, self.gathered = (bf16(at.tiles, 16, 32, 8) for _ in range(3))
+        self.kv = bf16(at.tiles * 16 + s.n_pad, 512)  # edge_attend reads up to n_pad rows beyond the last, as zeros
+        self.E, self.E1 = bf16(at.m_tiles, 4, 32, 8), bf16(at.m_tiles, 4, 32, 8)
+        self.y, self.z = bf16(tiles16, s.dy // 16, 32, 8), bf16(tiles16, 80, 32, 8)
+        self.film_e, self.film_x = bf16(tiles16 * 16, 512), bf16(tiles16 * 16, 512)
+        self.logits_x = torch.zeros(at.tiles, 16, 16, device=device)
+        self.logits_e = torch.zeros(at.m_tiles, 16, 8, device=device)
+
+    def _run(self, source: str, kernel: str, grid: int, block: int, shared: int, *args: Tensor | int | None) -> None:
+        self.launcher.launch(source, kernel, grid, block, shared, args)
+
+    def features(self, plain_x: Tensor | None = None, plain_y: Tensor | None = None) -> None:
+        """Classes -> rows_in, graphs_in; also as float32[B, n_pad, channels], float32[B, channels] when given."""
+        at, s = self.layout, self.network.shape
+        warps, shared = _features_shared(s.n_pad)
+        per_block = warps * (32 // min(32, s.n_pad + s.n_pad % 2))
+        self._run(
+            "features", "features", -(-at.count // per_block), warps * 32, shared,
+            self.x, self.e, at.graphs, self.noise.times, self.step, self.network.feature_table, self.rows_in,
+            self.graphs_in, plain_x, plain_y, at.count, s.n_pad, s.classes_x, int(s.molecular), warps,
+        )  # fmt: skip
+
+    def inputs(self) -> None:
+        """Features and classes -> X, E, y, q, kv and the FiLM vectors of layer 0."""
+        at, net, s = self.layout, self.network, self.network.shape
+        self._run(
+            "sample", "embed", -(-at.m_tiles * 128 // 256), 256, 0,
+            self.E, at.tile_of, at.tile_start, at.rows, self.e, net.edge_table, self.step, at.m_tiles, s.n_pad, s.classes_e,
+        )  # fmt: skip
+        self._run(
+            "graph_path", "graph_in", len(self.y), 128, 0,
+            self.graphs_in, self.y, self.film_e, self.film_x, net.graph_in, net.graph_in_vec,
+        )  # fmt: skip
+        self._run(
+            "node", "node_in", -(-at.tiles // 8), 256, 135168,
+            self.rows_in, self.X, self.q, self.kv, net.node_in, net.node_in_vec, at.tiles,
+        )  # fmt: skip
+
+    def layer(self, i: int) -> None:
+        """Layer i; the last one ends in logits."""
+        at, s, p = self.layout, self.network.shape, self.network.layers[i]
+        last = i == s.layers - 1
+        if not last:
+            self._run(
+                "graph_path", "pool", -(-at.count // 4), 128, 0,
+                self.X, self.E, at.tile_start, at.graphs, p.pad, self.z, at.count, s.n_pad,
+            )  # fmt: skip
+        self._run(
+            "edge_attend", "edge_attend", len(at.block_tile) - 1, 512, _attend_shared(self.attend_steps),
+            self.E, self.E1, self.q, self.kv, self.film_e, self.film_x, self.gathered, at.tile_start, at.rows,
+            at.block_tile, p.w_mul, p.w_add, p.score_bias, p.w_e_out, p.e_out_vec,
+        )  # fmt: skip
+        ffn_blocks = min(-(-at.m_tiles // 8), 3 * self.launcher.multiprocessors)
+        if last:
+            self._run(
+                "edge_ffn", "edge_ffn_out", ffn_blocks, 128, 52 * 1024 + 456 * 4,
+                self.E1, p.ffn1, p.ffn2, p.ffn_vec, at.m_tiles, self.network.edge_out1, self.network.edge_out2, self.logits_e,
+            )  # fmt: skip
+            self._run(
+                "node", "node_out", -(-at.tiles // 8), 256, 135168,
+                self.gathered, self.X, self.logits_x, p.node, p.node_vec, at.tiles,
+            )  # fmt: skip
+            return
+        self._run(
+            "edge_ffn", "edge_ffn", ffn_blocks, 128, 32 * 1024 + 320 * 4,
+            self.E1, self.E, p.ffn1, p.ffn2, p.ffn_vec, at.m_tiles,
+        )  # fmt: skip
+        self._run(
+            "graph_path", "graph_mid", len(self.y), 128, s.dy * 256,
+            self.z, self.y, self.film_e, self.film_x, p.graph, p.graph_vec,
+        )  # fmt: skip
+        self._run(
+            "node", "node_mid", -(-at.tiles // 8), 256, 135168,
+            self.gathered, self.X, self.q, self.kv, p.node, p.node_vec, at.tiles,
+        )  # fmt: skip
+
+    def forward(self) -> None:
+        """The network: classes of this step -> logits_x, logits_e."""
+        self.features()
+        self.inputs()
+        for i in range(self.network.shape.layers):
+            self.layer(i)
+
+    def draw(self) -> None:
+        """Logits -> the classes of the next step; the step counter moves on."""
+        at, s, noise = self.layout, self.network.shape, self.noise
+        slots = at.count * (s.n_pad + s.n_pad * s.n_pad)
+        self._run(
+            "sample", "sample", -(-slots // 128), 128, 0,
+            self.logits_x, self.logits_e, self.x, self.e, at.graphs, at.tile_start, self.ids, self.seed, noise.times,
+            self.step, noise.tables_x, noise.tables_e, self.not_finite, at.count, s.n_pad, s.classes_x, s.classes_e,
+        )  # fmt: skip
+        self._run("sample", "advance", 1, 32, 0, self.step)
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """What the network says, as the seam wants it: float32[B, n_pad, K], float32[B, n_pad, n_pad, K] symmetric.
+
+        0 on padded rows and on the diagonal of E. For tests and for a caller with its own sampler.
+        """
+        at, s = self.layout, self.network.shape
+        graph, _, n, i = at.rows[: at.n_rows].long().unbind(1)
+        x = self.logits_x.view(-1, 16)[: at.n_rows, : s.classes_x] + _one_hot(self.x[graph, i], s.classes_x)
+        out_x = x.new_zeros(at.count, s.n_pad, s.classes_x)
+        out_x[graph, i] = x
+
+        j = torch.arange(s.n_pad, device=x.device)
+        row = torch.arange(at.n_rows, device=x.device)
+        m_tile = at.tile_start.long()[row >> 4][:, None] + j
+        real = (j < n[:, None]) & (j != i[:, None])
+        e = self.logits_e[m_tile.clamp(max=at.m_tiles - 1), (row & 15)[:, None], : s.classes_e]
+        e = (e + _one_hot(self.e[graph, i].long(), s.classes_e)) * real[..., None]
+        out_e = e.new_zeros(at.count, s.n_pad, s.n_pad, s.classes_e)
+        out_e[graph, i] = e
+        return out_x, (out_e + out_e.transpose(1, 2)) / 2
+
+
+def _one_hot(classes: Tensor, k: int) -> Tensor:
+    return torch.eye(k, device=classes.device)[classes.long()]

@@ -1,0 +1,35 @@
+"""Weights and vectors in the order in which the kernels read them.
+
+Guarantees: pure functions; a packed matrix holds the bf16 rounding of the given one and nothing else.
+Knows nothing of: which layer a matrix belongs to, launches.
+"""
+
+import torch
+from torch import Tensor
+
+
+def pack_weight(w: Tensor, rows: int | None = None, cols: int | None = None) -> Tensor:
+    """B fragments of mma.m16n8k16: bf16[K / 16, N / 16, 32 lanes, 8] of w: float[N, K]; zero-padded to rows, cols.
+
+    Lane 4 g + l of block (k, n) holds, for h in 0, 1 and s in 0, 1: w[16 n + 8 h + g, 16 k + 8 s + 2 l + (0, 1)].
+    """
+    n, k = w.shape
+    full = w.new_zeros((rows or -(-n // 16) * 16, cols or -(-k // 16) * 16))
+    full[:n, :k] = w
+    n, k = full.shape
+    parts = full.reshape(n // 16, 2, 8, k // 16, 2, 4, 2)  # n, h, g, k, s, l, e
+    return parts.permute(3, 0, 2, 5, 1, 4, 6).reshape(k // 16, n // 16, 32, 8).to(torch.bfloat16).contiguous()
+
+
+def to_tiles(x: Tensor) -> Tensor:
+    """Fragment order of rows: bf16[R / 16, C / 16, 32, 8] of x: float[R, C]; R and C multiples of 16."""
+    rows, channels = x.shape
+    parts = x.reshape(rows // 16, 2, 8, channels // 16, 2, 4, 2)  # tile, high row, g, k, half, l, e
+    return parts.permute(0, 3, 2, 5, 4, 1, 6).reshape(rows // 16, channels // 16, 32, 8).to(torch.bfloat16).contiguous()
+
+
+def from_tiles(x: Tensor) -> Tensor:
+    """The inverse of `to_tiles`: [R, C] of [R / 16, C / 16, 32, 8]."""
+    tiles, k = x.shape[:2]
+    parts = x.reshape(tiles, k, 8, 4, 2, 2, 2)  # tile, k, g, l, half, high row, e
+    return parts.permute(0, 5, 2, 1, 4, 3, 6).reshape(tiles * 16, k * 16)
