@@ -181,7 +181,7 @@ def lineage(
     source, git = model.get("source") or {}, asked.get("git") or {}
     versions = {"python": asked.get("python"), **(asked.get("packages") or {})}
     last = spec.first_id + spec.count - 1
-    groups = [
+    groups: list[tuple[str, list[tuple[str, Any]]]] = [
         ("Model", [
             ("model", model.get("uri")), ("digest", model.get("digest")), ("recipe", model.get("recipe")),
             ("source model", source.get("name")), ("source uri", source.get("uri")), ("source digest", source.get("digest")),

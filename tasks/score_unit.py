@@ -1,0 +1,105 @@
+"""Score one unit: graphs in, the bytes of a Parquet shard and its mergeable statistics out.
+
+Guarantees: the bytes are a function of (graphs, ids, scoring options, footer) only: rows sorted by sample_id, no
+clock, no host; molecules are scored one by one, so splitting over processes changes nothing.
+Knows nothing of: how the graphs were sampled, where the shard goes.
+"""
+
+import io
+import json
+import multiprocessing
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bitdgdm.models.digress import DigressConfig
+from bitdgdm.models.molecule import score_graphs, unit_stats
+from bitdgdm.models.novelty import ReferenceSet
+from bitdgdm.models.sampler import Graphs
+
+ROW_GROUP_ROWS = 131_072
+_CHUNK = 256  # molecules a process takes at a time
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is computed of a molecule. `reference`: molecules that count as known, or None."""
+
+    config: DigressConfig
+    reference: ReferenceSet | None
+    score: str
+    alerts: bool
+
+    def table(self, graphs: Graphs, first_id: int) -> pa.Table:
+        """Return one row a graph, in id order."""
+        return score_graphs(
+            graphs, first_id, self.config, reference=self.reference, score_by=self.score, alerts=self.alerts
+        )
+
+
+_scoring: Scoring | None = (
+    None  # of a pool process: a reference set of 16 MB is sent once, not with every chunk
+)
+
+
+def _begin(scoring: Scoring) -> None:
+    global _scoring
+    _scoring = scoring
+
+
+def _score_chunk(graphs: Graphs, first_id: int) -> pa.Table:
+    assert _scoring is not None
+    return _scoring.table(graphs, first_id)
+
+
+class Scorer:
+    """Scores units in this process, or in `processes` of them when a GPU would wait for RDKit."""
+
+    def __init__(self, scoring: Scoring, processes: int = 0) -> None:
+        self._scoring = scoring
+        # spawn: a forked child would inherit CUDA and Ray state that it can't use
+        self._pool = (
+            ProcessPoolExecutor(
+                processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(scoring,)
+            )
+            if processes > 1
+            else None
+        )
+
+    def table(self, graphs: Graphs, first_id: int) -> pa.Table:
+        """Return the scored rows of a unit."""
+        if self._pool is None:
+            return self._scoring.table(graphs, first_id)
+        starts = range(0, len(graphs), _CHUNK)
+        parts = self._pool.map(
+            _score_chunk, [graphs[i : i + _CHUNK] for i in starts], [first_id + i for i in starts]
+        )
+        return pa.concat_tables(list(parts)).combine_chunks()
+
+    def shard(
+        self, graphs: Graphs, first_id: int, footer: Mapping[str, Any]
+    ) -> tuple[bytes, dict[str, Any], int]:
+        """Return (Parquet bytes, statistics for the commit record, rows)."""
+        table = self.table(graphs, first_id)
+        return to_parquet(table, footer), unit_stats(table), table.num_rows
+
+
+def to_parquet(table: pa.Table, footer: Mapping[str, Any]) -> bytes:
+    """Return `table` as Parquet with `footer` as JSON under the key `bitdgdm` (law L4)."""
+    metadata = {**(table.schema.metadata or {}), b"bitdgdm": json.dumps(footer, sort_keys=True).encode()}
+    text = {"smiles", "inchikey"}  # nearly unique: a dictionary would only cost
+    buffer = io.BytesIO()
+    pq.write_table(
+        table.replace_schema_metadata(metadata),
+        buffer,
+        compression="zstd",
+        row_group_size=ROW_GROUP_ROWS,
+        use_dictionary=[name for name in table.column_names if name not in text],
+        write_page_index=True,
+        sorting_columns=[pq.SortingColumn(table.column_names.index("sample_id"))],
+    )
+    return buffer.getvalue()
