@@ -30,6 +30,7 @@ from bitdgdm.pipelines.report_facts import (
     property_facts,
     reproduce,
     score_text,
+    size,
 )
 from bitdgdm.pipelines.status import SUCCESS, fold_status
 
@@ -91,7 +92,7 @@ def render(
         properties=[(p, _chart(p)) for p in property_facts(stats)] if stats else [],
         score=PROPERTIES[score].title, best=[_tile(e, score) for e in best],
         sample=[_tile(e, score) for e in census.sample],
-        hardware=hardware_facts(ordered), quarantine=pending, lineage=lineage(campaign, status, ordered),
+        hardware=hardware_facts(ordered), quarantine=pending, lineage=lineage(campaign, status, ordered, store.url),
         command=reproduce(campaign, best[0].sample_id if best else campaign.spec.first_id),
         mono=MONOSPACED, spec_json=campaign.spec.model_dump_json(indent=1),
     )  # fmt: skip
@@ -110,6 +111,7 @@ def _tile(example: Example, score: str) -> Tile:
 def _template() -> Template:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters["duration"] = duration
+    page.filters["size"] = size
     page.filters["shell"] = shlex.quote
     page.filters["pyrepr"] = repr
     page.filters["thousands"] = lambda n: f"{n:,}"

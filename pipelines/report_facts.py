@@ -19,7 +19,7 @@ from bitdgdm.pipelines.status import Status
 
 _Z95 = 1.959963984540054
 PERCENT = "\N{NO-BREAK SPACE}%"
-MONOSPACED = ("digest", "source digest", "fingerprint", "campaign digest", "command")
+MONOSPACED = ("digest", "source digest", "fingerprint", "campaign digest", "their digest", "command")
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,14 @@ def duration(seconds: float) -> str:
     return f"{hours:,} h {m:02d} min"
 
 
+def size(count: int) -> str:
+    """Return a number of bytes for people."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
+
+
 def score_text(column: str, score: float) -> str:
     """Return the property that ranks, as it is measured: a score is negated where lower is better."""
     value = -score if column in LOWER_IS_BETTER else score
@@ -174,7 +182,7 @@ def score_text(column: str, score: float) -> str:
 
 
 def lineage(
-    campaign: Campaign, status: Status, records: Sequence[CommitRecord]
+    campaign: Campaign, status: Status, records: Sequence[CommitRecord], root: str
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return titled groups of (name, value): all that the shards depend on, and who asked for them."""
     spec, model, asked, identity = campaign.spec, campaign.model, campaign.provenance, campaign.identity
@@ -190,9 +198,10 @@ def lineage(
             ("seed", spec.seed), ("sample ids", f"{spec.first_id:,} to {last:,}"), ("denoising steps", spec.steps),
             ("precision", spec.precision), ("device", spec.device), ("micro-batch", f"{spec.micro_batch} molecules"),
             ("unit", f"{spec.unit_size} molecules a shard"), ("ranked by", spec.score), ("known molecules", spec.novelty),
+            ("their digest", identity.get("novelty_digest")),
         ]),
         ("Campaign", [
-            ("fingerprint", campaign.fingerprint), ("campaign digest", status.digest), ("location", status.out),
+            ("fingerprint", campaign.fingerprint), ("campaign digest", status.digest), ("location", root),
             ("hardware", ", ".join(sorted({r.hardware for r in records}))),
             ("code at submit", campaign.code_version),
             ("code at work", ", ".join(sorted({r.code_version for r in records}))),
