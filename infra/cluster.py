@@ -11,6 +11,9 @@ import logging
 import os
 import re
 import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,28 @@ def _prepare_local() -> None:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
     )  # Ray's name for "listen on loopback only"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@contextmanager
+def _silent_start() -> Iterator[None]:
+    """Keep Ray's native code from writing to the terminal: what it has to say of failures arrives as exceptions.
+
+    Its log level is read once, while it starts, and announced on stderr.
+    """
+    if "RAY_BACKEND_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+    sys.stderr.flush()
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
+        del os.environ["RAY_BACKEND_LOG_LEVEL"]
 
 
 def _local_options(cpus: int) -> dict[str, Any]:

@@ -183,6 +183,17 @@ class ArtifactCorrupt(BadInput):
         )
 
 
+class CheckpointUnreadable(BadInput):
+    """A foreign checkpoint is damaged or of a kind that the importer doesn't know."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(
+            f"{path} can't be read as a checkpoint: {reason}. "
+            "Copy it again, or give a Lightning .ckpt, a state_dict .pt or a .safetensors file"
+        )
+
+
 class ArtifactTooNew(BadInput):
     def __init__(self, path: str, found: int, supported: int) -> None:
         self.path, self.found, self.supported = path, found, supported

@@ -52,11 +52,13 @@ class Store:
         with typed(self.path(key)):
             if self._local:
                 return self._file(key).read_bytes()
+            if self.url.startswith("s3://"):  # more than one at a time would ask for the size first
+                return self._fs.cat_file(self.path(key), max_concurrency=1)
             return self._fs.cat_file(self.path(key))
 
     def write(self, key: str, data: bytes) -> None:
         """Store `data` under `key`, over what is there."""
-        with typed(self.path(key)):
+        with typed(self.path(key), writing=True):
             if self._local:
                 disk.replace(self._file(key), data)
             else:
@@ -69,7 +71,7 @@ class Store:
         the object: who must know puts an own id into `data` and reads it back.
         Raises: StorageUnavailable if the outcome is unknown.
         """
-        with typed(self.path(key)):
+        with typed(self.path(key), writing=True):
             if self._local:
                 return disk.create(self._file(key), data)
             if self.url.startswith("memory://"):

@@ -13,6 +13,7 @@ from bitdgdm.infra.errors import BitDGDMError, StorageRefused, StorageUnavailabl
 
 _CREDENTIALS = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE"
 _REGION = "Set AWS_REGION to the region of the bucket"
+_FOLDER = "Give a folder that you may write to"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
 _BUSY_STATUS = (408, 429, 500, 502, 503, 504)
@@ -20,14 +21,17 @@ _WRONG_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLo
 
 
 @contextlib.contextmanager
-def typed(url: str) -> Iterator[None]:
-    """Turn what a file system raises into the project's errors."""
+def typed(url: str, *, writing: bool = False) -> Iterator[None]:
+    """Turn what a file system raises into the project's errors. writing: no object needs to be there."""
     try:
         yield
     except BitDGDMError:
         raise
     except _faults() as error:
-        raise translate(url, error) from error
+        translated = translate(url, error)
+        if writing and isinstance(translated, FileNotFoundError):
+            translated = StorageRefused(url, "nothing can be written there", _FOLDER)
+        raise translated from error
 
 
 def translate(url: str, error: BaseException) -> BaseException:
@@ -46,7 +50,7 @@ def translate(url: str, error: BaseException) -> BaseException:
     if isinstance(error, OSError) and error.errno in _FULL:
         return StorageUnavailable(url, reason, "Free some space there, then repeat")
     if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
-        return StorageRefused(url, reason, "Give a folder that you may write to")
+        return StorageRefused(url, reason, _FOLDER)
     if isinstance(error, OSError) and error.errno in _NO_LINKS:
         return StorageRefused(url, f"{reason} (no hard links)", "Use a local disk, NFS or s3:// instead")
     if url.startswith("s3://"):
