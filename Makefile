@@ -1,7 +1,7 @@
 # `make demo`, `make test` and `make check` each set up .venv by themselves; PYTHON=... chooses the interpreter.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lock clean
+.PHONY: help demo test check docs results lock clean
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
@@ -13,6 +13,8 @@ help:
 	@echo "make demo    quantize, register and generate 256 molecules on this machine"
 	@echo "make test    every test (those marked gpu are skipped without a CUDA device)"
 	@echo "make check   ruff, mypy and the layering rules"
+	@echo "make docs    make docs/spec.md again from the schema of the spec"
+	@echo "make results fill the result tables of README.md and docs/ from benchmarks/results"
 	@echo "make lock    rebuild requirements.lock from the newest versions that pyproject.toml allows"
 	@echo "make clean   remove what the other targets made"
 
@@ -38,6 +40,13 @@ check: $(READY)
 	@mkdir -p .mypy && ln -sfn .. .mypy/bitdgdm
 	cd .mypy && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache $(addprefix -p bitdgdm.,infra kernels quant models tasks pipelines)
 	$(BIN)/python -m pytest tests/test_layering.py -q
+
+docs: $(READY)
+	$(BIN)/python -m bitdgdm.pipelines.spec_reference > docs/spec.md.new
+	mv docs/spec.md.new docs/spec.md
+
+results: $(READY)
+	$(BIN)/python benchmarks/results.py
 
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

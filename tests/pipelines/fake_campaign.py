@@ -65,7 +65,8 @@ def make_campaign(
         rows = [_row(unit * size + k, draw, smiles, score, invalid, novelty) for k in range(size)]
         if unit not in missing:
             table = pa.Table.from_pylist(rows, schema=MOLECULE_SCHEMA)
-            shard = to_parquet(table, {"unit": unit})
+            footer = {"unit": unit, "seed": 7, "model": MODEL, "hardware": hardware}
+            shard = to_parquet(table, footer)
             record = CommitRecord.describe(
                 shard, unit=unit, attempt=new_attempt(), rows=size, first_id=unit * size, recipe="bitdgdm-w4a4-r16-s1",
                 fingerprint=campaign.fingerprint, artifact_digest=MODEL["digest"], code_version="0.1.0", host="gpu-1",
