@@ -57,7 +57,9 @@ class Denoiser:
     def __init__(self, network: Network, noise: Noise, n: Tensor, ids: Tensor, seed: int, launcher: Launcher) -> None:
         """n, ids: int64[B], nodes and sample id of each graph."""
         s, device = network.shape, launcher.device
-        self.network, self.noise, self.launcher = network, noise, launcher
+        tables = (t.to(device).contiguous() for t in (noise.times, noise.tables_x, noise.tables_e))
+        self.network, self.noise, self.launcher = network, Noise(*tables), launcher
+        self.graph: object = None  # a captured step, kept alive by the batch
         self.layout: Layout = layout(n, s.n_pad, launcher.multiprocessors, device)
         at = self.layout
         self.attend_steps = attend_steps(launcher.shared_bytes)

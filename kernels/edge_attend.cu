@@ -79,7 +79,8 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
   const int g_end = tile_start[t_end];
 
   for (int i = THREAD; i < 16 * 4 * 32; i += 512) copy16_async(Wo + i, w_out + i);
-  for (int i = THREAD; i < min(STEPS, g_end - g) * 128; i += 512) copy16_async(Es + i, E + (u64)g * 128 + i);
+  for (int i = THREAD; i < min(STEPS, g_end - g) * 128; i += 512)
+    copy16_async(Es + (g / STEPS & 1) * STEPS * 128 + i, E + (u64)g * 128 + i);
   copy_commit();
   if (THREAD < 192) Vs[THREAD] = vec[THREAD];
   Vs[192 + THREAD] = bias[THREAD];
@@ -96,8 +97,8 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
   int j = 0, sizes = 0;  // bytes of sizes: n of row r, n of row r + 8, m-tiles of the query tile
   u32 kv0 = 0, kv1 = 0;
 
-  for (int stage = 0; g < g_end; g += STEPS, stage ^= 1) {
-    const int count = min(STEPS, g_end - g);
+  for (; g < g_end; g += STEPS) {
+    const int count = min(STEPS, g_end - g), stage = g / STEPS & 1;
     copy_wait();
     block_sync();  // E tiles are there; phase 2 of the last round is over everywhere
     {

@@ -16,6 +16,7 @@
 #define KS (DY / 16)
 #define POOL_KS 80  // (4 * 256 + 4 * 64) / 16
 #define FFY 2048
+constexpr int UNROLL = DY > 64 ? 1 : 2;  // of the hidden chunks; wider rows leave no registers for two
 
 struct Pool {
   float sum, sq, low, high, origin;  // sums of x - origin: no cancellation in the variance
@@ -119,7 +120,7 @@ DEV void add_product(Rows& h, const uint4& a, const uint4* w, int lane) {  // on
 template <int KS1>
 DEV void add_mlp(Rows& h, const uint4* a, const uint4* w1, const float* b1, const uint4* w2, int chunks, int first, int last,
                  int lane) {
-#pragma unroll 2
+#pragma unroll UNROLL
   for (int chunk = first; chunk < last; chunk++) {
     float hidden[2][4];
 #pragma unroll
@@ -148,11 +149,11 @@ DEV void sum_warps(Rows& h, float4* part, int warp, int lane) {
     part[(warp * NT + nt) * 32 + lane] = v;
   }
   block_sync();
+  clear(h);
 #pragma unroll
-  for (int nt = 0; nt < NT; nt++) {
-    h[nt][0] = h[nt][1] = h[nt][2] = h[nt][3] = 0;
+  for (int w = 0; w < 4; w++) {
 #pragma unroll
-    for (int w = 0; w < 4; w++) {
+    for (int nt = 0; nt < NT; nt++) {
       const float4 v = part[(w * NT + nt) * 32 + lane];
       h[nt][0] += v.x, h[nt][1] += v.y, h[nt][2] += v.z, h[nt][3] += v.w;
     }
@@ -164,7 +165,7 @@ DEV void sum_warps(Rows& h, float4* part, int warp, int lane) {
 DEV void film(const uint4 (&a)[KS], const uint4* w, const float* bias, uint2* film_e, uint2* film_x, int tile, int warp,
               int lane) {
   uint2* to = warp < 2 ? film_e : film_x;
-#pragma unroll 2
+#pragma unroll UNROLL
   for (int np = 0; np < 16; np++) {
     float o[2][4];
 #pragma unroll
@@ -215,7 +216,7 @@ graph_mid(const uint4* z, uint4* y, uint2* film_e, uint2* film_x, const uint4* w
   uint4 a[KS];
   Rows h;
   clear(h);
-#pragma unroll 2
+#pragma unroll UNROLL
   for (int ks = warp * steps; ks < (warp + 1) * steps; ks++) {
     const uint4 in = load16(ks < KS ? y + (tile * KS + ks) * 32 + lane : z + (tile * POOL_KS + ks - KS) * 32 + lane);
     add_product(h, in, w + ks * KS * 32, lane);
@@ -223,7 +224,7 @@ graph_mid(const uint4* z, uint4* y, uint2* film_e, uint2* film_x, const uint4* w
   sum_warps(h, part, warp, lane);
   bias_to(h, vec, lane);
   w += (KS + POOL_KS) * KS * 32, vec += DY;
-#pragma unroll
+#pragma unroll 1
   for (int layer = 0; layer < 2; layer++) {
     to_tiles(a, h);
     clear(h);
@@ -239,15 +240,14 @@ graph_mid(const uint4* z, uint4* y, uint2* film_e, uint2* film_x, const uint4* w
   vec += 2 * DY;
   to_tiles(a, h);
 
-  Rows o;
-  clear(o);
-  add_mlp<KS>(o, a, w, vec, w + KS * (FFY / 16) * 32, FFY / 16, warp * (FFY / 64), (warp + 1) * (FFY / 64), lane);
+  clear(h);  // y itself is still there as a
+  add_mlp<KS>(h, a, w, vec, w + KS * (FFY / 16) * 32, FFY / 16, warp * (FFY / 64), (warp + 1) * (FFY / 64), lane);
   w += 2 * KS * (FFY / 16) * 32, vec += FFY;
-  sum_warps(o, part, warp, lane);
-  bias_to(o, vec, lane);
+  sum_warps(h, part, warp, lane);
+  bias_to(h, vec, lane);
   vec += DY;
 #pragma unroll
-  for (int i = 0; i < NT * 4; i++) h[i >> 2][i & 3] += o[i >> 2][i & 3];
+  for (int ks = 0; ks < KS; ks++) add_tile(h[2 * ks], h[2 * ks + 1], a[ks]);
   layer_norm<NT>(h, vec, vec + DY, lane);
   vec += 2 * DY;
   to_tiles(a, h);

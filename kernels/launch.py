@@ -29,6 +29,14 @@ class PyCudaMissing(RuntimeError):
         )
 
 
+def arguments(args: Sequence[Tensor | int | None]) -> list[int]:
+    """Pointers and ints of a launch. Raises: ValueError for a tensor that isn't contiguous."""
+    for place, a in enumerate(args):
+        if isinstance(a, Tensor) and not a.is_contiguous():
+            raise ValueError(f"argument {place} of a kernel is not contiguous: shape {list(a.shape)}, strides {a.stride()}")
+    return [a.data_ptr() if isinstance(a, Tensor) else (a or 0) for a in args]
+
+
 class Launcher(Protocol):
     """Runs kernels by (source, name); a Device does it on a GPU."""
 
@@ -46,8 +54,8 @@ class Launcher(Protocol):
 class Device:
     """One CUDA device."""
 
-    def __init__(self, index: int = 0, defines: Mapping[str, Mapping[str, int]] | None = None) -> None:
-        """defines: macros for each source. Raises: PyCudaMissing; what `build` raises, at the first launch."""
+    def __init__(self, index: int = 0) -> None:
+        """Raises: PyCudaMissing; a launch raises what `build` raises."""
         torch.zeros(1, device=f"cuda:{index}")  # torch makes the primary context first
         try:
             import pycuda.driver as driver
@@ -56,7 +64,7 @@ class Device:
         driver.init()
         self._driver = driver
         self._context = driver.Device(index).retain_primary_context()
-        self._defines = defines or {}
+        self.defines: Mapping[str, Mapping[str, int]] = {}  # macros of each source; set before its first launch
         self.device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(index)
         self.multiprocessors = properties.multi_processor_count
@@ -88,7 +96,7 @@ class Device:
         outer.wait_stream(self._shared_stream)
 
     def _load(self, source: str) -> Any:
-        path: Path = build(source, self.arch, self._defines.get(source)).path
+        path: Path = build(source, self.arch, self.defines.get(source)).path
         return self._driver.module_from_file(str(path))
 
     def _prepare(self, source: str, kernel: str, signature: str, shared: int) -> Any:
@@ -104,7 +112,7 @@ class Device:
     ) -> None:
         """See `Launcher.launch`."""
         signature = "".join("i" if isinstance(a, int) else "P" for a in args)
-        values = [a.data_ptr() if isinstance(a, Tensor) else (a or 0) for a in args]
+        values = arguments(args)
         with self._current():
             function = self._function(source, kernel, signature, shared)
             function.prepared_async_call((grid, 1, 1), (block, 1, 1), self._stream, *values, shared_size=shared)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bitdgdm.kernels.build import SOURCES
+from bitdgdm.kernels.launch import arguments
 
 HERE = Path(__file__).resolve().parent / "emulator"
 
@@ -55,7 +56,7 @@ class Emulator:
         """See `Launcher.launch`."""
         assert shared <= self.shared_bytes, (kernel, shared)
         library = self._library(source)
-        values = [a.data_ptr() if isinstance(a, Tensor) else (a or 0) for a in args]
+        values = arguments(args)
         assert len(values) <= 20
         words = (ctypes.c_uint64 * 20)(*values)
         function = ctypes.cast(getattr(library, kernel), ctypes.c_void_p)

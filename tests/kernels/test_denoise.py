@@ -1,0 +1,144 @@
+"""Run: .venv/bin/python -m pytest tests/kernels/test_denoise.py -q   (needs g++; no GPU)
+
+A whole step in the emulator: the same CUDA sources, every thread a fiber. What the emulator can't see (ptxas, memory
+ordering, clocks) is checked on a GPU by tests/gpu and benchmarks/kernels_smoke.py.
+"""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bitdgdm.kernels.denoise import Denoiser, Noise
+from bitdgdm.kernels.network import prepare, supports
+from bitdgdm.kernels.step_graph import denoise
+from bitdgdm.models.digress_config import QM9_NO_H
+from bitdgdm.models.features import network_input
+from bitdgdm.models.noise import cosine_schedule, posterior, posterior_table
+from bitdgdm.models.philox import edge_slots, node_slots, philox
+from bitdgdm.models.sampler import draw
+from tests.kernels.conftest import Case, make_case
+from tests.kernels.emulate import Emulator
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
+TIMES = (500, 250, 1, 0)
+SEED = 0xFEDCBA9876543210
+
+
+def noise_of(case: Case) -> Noise:
+    schedule = cosine_schedule(500)
+
+    def tables(m: tuple[float, ...]) -> Tensor:
+        pairs = zip(TIMES, TIMES[1:], strict=False)  # noqa: RUF007
+        return torch.from_numpy(np.stack([posterior_table(schedule, np.array(m), t, s) for t, s in pairs])).float()
+
+    return Noise(torch.tensor(TIMES), tables(case.config.node_marginals), tables(case.config.edge_marginals))
+
+
+def batch_of(case: Case, pick: list[int] | None = None, step: int = 1, **emulator: int) -> Denoiser:
+    keep = torch.tensor(pick if pick is not None else range(len(case.n)))
+    network = prepare(case.weights, case.shape, torch.device("cpu"))
+    noise = noise_of(case)
+    noise = Noise(noise.times.to(torch.int32), noise.tables_x, noise.tables_e)
+    defines = {**case.shape.defines, "edge_attend": {"STEPS": emulator.pop("steps", 16)}}
+    launcher = Emulator(defines, **emulator)
+    batch = Denoiser(network, noise, case.n[keep], keep * 10**12 + 3, SEED, launcher)
+    batch.x.copy_(case.x[keep])
+    batch.e.copy_(case.e[keep])
+    batch.step.fill_(step)
+    return batch
+
+
+def reference(case: Case, step: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Logits in float32 and in torch's own bf16."""
+    x, e = case.one_hot()
+    if step == 0:
+        e = e * (1 - torch.eye(case.config.n_pad))[..., None]
+    inputs = network_input(x, e, torch.full((len(x),), TIMES[step] / 500), case.mask, case.config)
+    exact = case.net(*inputs, case.mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = case.net(*inputs, case.mask)
+    return exact, tuple(t.float() for t in low)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("name", ["qm9_case", "moses_case"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_logits_are_as_near_to_float32_as_bf16_in_torch(name: str, step: int, request: pytest.FixtureRequest) -> None:
+    case = request.getfixturevalue(name)
+    batch = batch_of(case, step=step)
+    batch.forward()
+    exact, low = reference(case, step)
+    for ours, want, theirs in zip(batch.logits(), exact, low, strict=True):
+        assert relative(ours, want) <= 2 * relative(theirs, want) + 1e-4
+
+
+def test_features_are_those_of_the_torch_code(qm9_case: Case, moses_case: Case) -> None:
+    for case in (qm9_case, moses_case):
+        batch, config = batch_of(case), case.config
+        plain_x = torch.full((len(case.n), config.n_pad, config.input_dims.X), float("nan"))
+        plain_y = torch.full((len(case.n), config.input_dims.y), float("nan"))
+        batch.features(plain_x, plain_y)
+        x, e = case.one_hot()
+        want_x, _, want_y = network_input(x, e, torch.full((len(x),), TIMES[1] / 500), case.mask, config)
+        assert (plain_x - want_x)[case.mask].abs().max() < 1e-6
+        assert (plain_y - want_y).abs().max() < 1e-6
+
+
+def test_draws_are_those_of_the_torch_sampler_bit_for_bit(qm9_case: Case) -> None:
+    case, n_pad = qm9_case, qm9_case.config.n_pad
+    for step in range(3):
+        batch = batch_of(case, step=step)
+        batch.logits_x.normal_(0, 2)
+        batch.logits_e.normal_(0, 2)
+        logits_x, logits_e = batch.logits()
+        rows, cols = torch.triu_indices(n_pad, n_pad, 1)
+        u = philox(SEED, batch.ids[:, None], TIMES[step + 1], torch.cat((node_slots(n_pad), edge_slots(n_pad, rows, cols))))
+        want_x = draw(posterior(logits_x.softmax(-1), case.x, batch.noise.tables_x[step]), u[:, :n_pad]) * case.mask
+        upper = posterior(logits_e[:, rows, cols].softmax(-1), case.e[:, rows, cols], batch.noise.tables_e[step])
+        real = case.mask[:, rows] & case.mask[:, cols]
+        want_e = draw(upper, u[:, n_pad:]) * real
+        batch.draw()
+        assert torch.equal(batch.x.long(), want_x)
+        assert torch.equal(batch.e.long()[:, rows, cols], want_e)
+        assert torch.equal(batch.e, batch.e.transpose(1, 2))
+        assert int(batch.step) == step + 1 and int(batch.not_finite) == 0
+
+
+def test_a_graph_does_not_depend_on_its_companions_or_on_the_machine(qm9_case: Case) -> None:
+    together = batch_of(qm9_case, step=0)
+    denoise(together, 2)
+    for pick, emulator in (([6, 2, 0], {}), ([4], {}), ([3, 1], {"multiprocessors": 3, "steps": 10, "shared_bytes": 166912})):
+        apart = batch_of(qm9_case, pick, step=0, **emulator)
+        denoise(apart, 2)
+        assert torch.equal(apart.x, together.x[pick])
+        assert torch.equal(apart.e, together.e[pick])
+
+
+def test_scores_beyond_the_range_of_exp_are_gathered_exactly() -> None:
+    case = make_case(QM9_NO_H, [9, 4, 9], scale=4000.0)
+    batch = batch_of(case)
+    batch.forward()
+    exact, low = reference(case, 1)
+    for ours, want, theirs in zip(batch.logits(), exact, low, strict=True):
+        assert ours.isfinite().all()
+        assert relative(ours, want) <= 2 * relative(theirs, want) + 1e-4
+
+
+def test_logits_that_are_not_finite_are_reported(qm9_case: Case) -> None:
+    batch = batch_of(qm9_case)
+    batch.logits_e[0, 1, 2] = float("nan")
+    batch.draw()
+    assert int(batch.not_finite) == 1
+
+
+def test_a_network_of_other_widths_is_refused_with_the_reason(qm9_case: Case) -> None:
+    weights = dict(qm9_case.weights)
+    weights["tf_layers.0.linX1.weight"] = torch.zeros(128, 256)
+    ok, reason = supports(weights, qm9_case.shape)
+    assert not ok and "tf_layers.0.linX1.weight is [128, 256]" in reason
