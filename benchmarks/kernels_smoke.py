@@ -2,7 +2,7 @@
 
 Run: python benchmarks/kernels_smoke.py --out DIR [--tiny]   (needs a GPU, nvcc and PyCUDA)
 Writes DIR/kernels_smoke.json: checks, microseconds a kernel, molecules a second; DIR/graphs.npz: 8,192 graphs.
---tiny: three graphs, two steps, no timing: small enough for compute-sanitizer.
+--tiny: three graphs, two steps, no timing: small enough for compute-sanitizer. --profile: one forward pass, for ncu.
 """
 
 import argparse
@@ -219,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.float() for k, v in load_file(WEIGHTS).items()}
@@ -235,6 +236,11 @@ def main() -> None:
         denoise(batch, 2, capture=False)
         torch.cuda.synchronize()
         print("tiny run finished, finite:", int(batch.not_finite) == 0)
+        return
+    if options.profile:
+        batch = batch_of(torch.arange(8192), network, noise, device)
+        batch.forward()
+        torch.cuda.synchronize()
         return
     net = build(CONFIG, weights).to(device.device)
     RESULT["gpu"] = torch.cuda.get_device_name()
