@@ -114,8 +114,10 @@ def _local_options(cpus: int) -> dict[str, Any]:
 
 def _remote_options(address: str) -> dict[str, Any]:
     """On somebody's cluster our code travels along, unless the job or the image brings it."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return {"address": address}  # Ray refuses two settings of one thing
     environment: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ and not _installed():
+    if not _installed():
         environment |= {"working_dir": str(_ROOT), "excludes": _NOT_SHIPPED}
     return {"address": address, "runtime_env": environment}
 

