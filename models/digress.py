@@ -1,10 +1,11 @@
 """The graph transformer of DiGress: clean-graph logits from a noisy graph and its features.
 
-Guarantees: parameter names are those of the published checkpoints; the result for a graph depends on that graph and on
-n_pad only, not on its companions in the batch (up to the rounding of the matrix library); no host synchronisation,
-so that a call can be captured in a CUDA graph. What feeds no output (the y path of the last layer) is not built.
-Knows nothing of: features, noise, sampling, where weights come from, quantization (a Linear may be swapped for any
-module with the same signature).
+Guarantees: parameter names are those of the published checkpoints; the result for a graph depends on that
+graph and on n_pad only, not on its companions in the batch (up to the rounding of the matrix library); no
+host synchronisation, so that a call can be captured in a CUDA graph. What feeds no output (the y path of the
+last layer) is not built.
+Knows nothing of: features, noise, sampling, where weights come from, quantization (a Linear may be swapped
+for any module with the same signature).
 
 Source: Vignac et al., DiGress, ICLR 2023; names and quirks as in github.com/cvignac/DiGress.
 """
@@ -55,7 +56,8 @@ class NodeEdgeBlock(nn.Module):
     def forward(
         self, x: Tensor, e: Tensor, y: Tensor, x_mask: Tensor, e_mask: Tensor, absent: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x: [B, n, dx], e: [B, n, n, de], y: [B, dy]; masks [B, n, 1], [B, n, n, 1]; absent: bool[B, 1, n, 1].
+        """x: [B, n, dx], e: [B, n, n, de], y: [B, dy]; x_mask: [B, n, 1], e_mask: [B, n, n, 1] as floats;
+        absent: bool[B, 1, n, 1], true for padded nodes.
 
         Scores of padded pairs are finite and arbitrary: they leave through masked outputs only.
         """
@@ -76,7 +78,7 @@ class NodeEdgeBlock(nn.Module):
 
 
 class XEyTransformerLayer(nn.Module):
-    """One layer: attention, then a feed-forward net each for X, E and y; residual, then LayerNorm (post-LN)."""
+    """One layer: attention, then a feed-forward net for each of X, E and y; LayerNorm after each residual."""
 
     def __init__(self, h: HiddenDims, last: bool) -> None:
         super().__init__()
@@ -132,10 +134,10 @@ class GraphTransformer(nn.Module):
     def forward(self, X: Tensor, E: Tensor, y: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the clean classes.
 
-        X: float[B, n, input X] (the class one-hot first), E: float[B, n, n, input E] symmetric, y: float[B, input y],
-        node_mask: bool[B, n]. n must be n_pad: the network pools over padded rows.
-        Returns X float[B, n, classes], 0 on padded rows, and E float[B, n, n, classes], symmetric, 0 on the diagonal
-        and on padded rows and columns.
+        X: float[B, n, input X] (the class one-hot first), E: float[B, n, n, input E] symmetric,
+        y: float[B, input y], node_mask: bool[B, n]. n must be n_pad: the network pools over padded rows.
+        Returns X float[B, n, classes], 0 on padded rows, and E float[B, n, n, classes], symmetric, 0 on the
+        diagonal and on padded rows and columns.
         """
         x_mask = node_mask[..., None].to(X.dtype)
         e_mask = x_mask[:, :, None] * x_mask[:, None]
@@ -172,7 +174,7 @@ def dead(config: DigressConfig) -> tuple[str, ...]:
 
 
 def quantizable(config: DigressConfig) -> tuple[str, ...]:
-    """Names of the layer Linears that feed an output; input and output MLPs (< 2 % of the work) are not among them."""
+    """Names of the layer Linears that feed an output; the input and output MLPs (< 2 % of the work) stay out."""
     unused = set(dead(config))
     return tuple(name for name in layer_linears(config) if name not in unused)
 
@@ -188,8 +190,9 @@ _FEED_FORWARD = {"normX1": ("linX1", "linX2"), "normE1": ("linE1", "linE2"), "no
 def thresholds(weights: Mapping[str, Tensor], config: DigressConfig, k: float) -> dict[str, Tensor]:
     """Outlier thresholds of the inputs that have a closed form: float32[d_in] by name of the Linear.
 
-    Those are the Linears behind a LayerNorm (layer 0's attention reads the in-MLPs and has none) and the second ones
-    of the feed-forward nets. x_out, e_out, x_y, e_y and y_out have no closed form and are not in the result.
+    Those are the Linears behind a LayerNorm (layer 0's attention reads the in-MLPs and has none) and the
+    second ones of the feed-forward nets. x_out, e_out, x_y, e_y and y_out have no closed form and are not in
+    the result.
     """
     found: dict[str, Tensor] = {}
     useless = set(dead(config))

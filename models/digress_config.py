@@ -46,7 +46,8 @@ class HiddenDims:
 class DigressConfig:
     """One trained DiGress model; two models with equal configs and equal weights are the same model.
 
-    input_dims: classes + extra features; output_dims: classes (y is 0: a model that predicts graph properties is no generator).
+    input_dims: classes + extra features; output_dims: classes (y is 0: a model that predicts graph
+    properties is no generator).
     n_pad: nodes a graph is padded to, a constant of the model: the network pools over padded rows too.
     atoms, valencies, atom_weights: one entry a node class; empty for models of plain graphs (planar, SBM).
     node_marginals[classes], edge_marginals[classes]: the limit distribution of the noise.
@@ -114,7 +115,7 @@ def _problems(c: DigressConfig) -> Iterator[str]:
     if c.output_dims.y:
         yield f"it predicts {c.output_dims.y} graph properties, so it is a regressor and no generator"
     if c.n_layers < 1 or c.diffusion_steps < 2 or c.n_pad < 2:
-        yield f"n_layers={c.n_layers}, diffusion_steps={c.diffusion_steps}, n_pad={c.n_pad} (at least 1, 2, 2)"
+        yield f"n_layers {c.n_layers}, diffusion_steps {c.diffusion_steps}, n_pad {c.n_pad} (at least 1, 2, 2)"
     if c.hidden_dims.dx % c.hidden_dims.n_head:
         yield f"dx {c.hidden_dims.dx} is not a multiple of n_head {c.hidden_dims.n_head}"
     want_x = c.output_dims.X + GRAPH_FEATURES_X + (MOLECULE_FEATURES_X if c.molecular else 0)

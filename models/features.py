@@ -1,12 +1,13 @@
-"""What DiGress tells its network besides the noisy classes: cycles, spectrum, charge, valency, weight, size, time.
+"""What DiGress tells its network besides the noisy classes: cycles, spectrum, chemistry, size, time.
 
-Guarantees: the channels, their order and their quirks are those of the published code ("all" features); a graph's
-features are a function of that graph only (integers counted exactly, spectrum by bitdgdm.models.eigen); no host
-synchronisation.
+Guarantees: the channels, their order and their quirks are those of the published code ("all" features); a
+graph's features are a function of that graph only (integers counted exactly, spectrum by
+bitdgdm.models.eigen); no host synchronisation.
 Knows nothing of: the network, noise, sampling.
 
-Where it differs from the published code, on purpose: sign and basis of eigenvectors and "the largest component" follow
-a fixed rule where the published code takes what the eigensolver returns (see `not_in_largest` and eigen.basis_vectors).
+Where it differs from the published code, on purpose: sign and basis of eigenvectors and "the largest
+component" follow a fixed rule where the published code takes what the eigensolver returns (see
+`not_in_largest` and eigen.basis_vectors).
 Source: github.com/cvignac/DiGress, extra_features.py and extra_features_molecular.py.
 """
 
@@ -24,8 +25,8 @@ def network_input(
 ) -> tuple[Tensor, ...]:
     """The three inputs of GraphTransformer.
 
-    X: float[B, n_pad, classes] and E: float[B, n_pad, n_pad, classes], one-hot, zero outside the mask (the diagonal
-    of E may be zero or class 0); t: float[B], step / T; node_mask: bool[B, n_pad].
+    X: float[B, n_pad, classes] and E: float[B, n_pad, n_pad, classes], one-hot, zero outside the mask (the
+    diagonal of E may be zero or class 0); t: float[B], step / T; node_mask: bool[B, n_pad].
     Returns X [B, n_pad, input X], E [B, n_pad, n_pad, input E], y [B, input y] in X's type.
     """
     extra_x, _, y = extra_features(X, E, t, node_mask, config)
@@ -37,9 +38,10 @@ def extra_features(
 ) -> tuple[Tensor, ...]:
     """The channels that follow the classes; arguments as in `network_input`.
 
-    Returns extra_X [B, n_pad, 6 or 8]: cycles of length 3, 4, 5 through the node, not in the largest component,
-    2 eigenvectors, then charge and valency of molecules; extra_E [B, n_pad, n_pad, 0];
-    extra_y [B, 12 or 13]: n / n_pad, cycles of length 3..6, components, 5 eigenvalues, then weight of molecules, then t.
+    Returns extra_X [B, n_pad, 6 or 8]: cycles of length 3, 4, 5 through the node, not in the largest
+    component, 2 eigenvectors, then charge and valency of molecules; extra_E [B, n_pad, n_pad, 0];
+    extra_y [B, 12 or 13]: n / n_pad, cycles of length 3..6, components, 5 eigenvalues, then weight of
+    molecules, then t.
     """
     adjacency = E[..., 1:].sum(-1).to(torch.float64)
     n = node_mask.sum(1, keepdim=True)
@@ -59,6 +61,7 @@ def extra_features(
 def cycles(a: Tensor) -> tuple[Tensor, Tensor]:
     """Cycles through each node (length 3, 4, 5) and in the graph (3..6), a tenth of them and at most 1.
 
+    Quirk, as published: the formula for length 5 counts too many where two triangles share an edge.
     a: float64[B, n, n] of 0 and 1; all sums below are integers under 2^53, so they are exact in any order.
     Returns [B, n, 3] and [B, 4].
     """
@@ -94,10 +97,10 @@ def cycles(a: Tensor) -> tuple[Tensor, Tensor]:
 def spectrum(a: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Laplacian features. a: float64[B, n_pad, n_pad], node_mask: bool[B, n_pad].
 
-    Padded nodes get 2 n_pad on the diagonal, so their eigenvalues come last and enter the eigenvalue features of small
-    graphs, as published; after them come 2s. Eigenvalues are divided by n.
-    Returns components [B, 1], the first 5 eigenvalues that are not 0 [B, 5], not_in_largest [B, n_pad], the first two
-    eigenvectors that are not of eigenvalue 0 [B, n_pad, 2] (0 where there are none).
+    Padded nodes get 2 n_pad on the diagonal, so their eigenvalues come last and enter the eigenvalue
+    features of small graphs, as published; after them come 2s. Eigenvalues are divided by n.
+    Returns components [B, 1], the first 5 eigenvalues that are not 0 [B, 5], not_in_largest [B, n_pad], the
+    first two eigenvectors that are not of eigenvalue 0 [B, n_pad, 2] (0 where there are none).
     """
     n_pad = a.shape[1]
     mask = node_mask.to(a.dtype)
@@ -118,11 +121,12 @@ def spectrum(a: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def not_in_largest(vectors: Tensor, zero: Tensor, mask: Tensor) -> Tensor:
-    """1 for nodes outside the largest component; among equally large ones, the one with the lowest node counts.
+    """1 for nodes outside the largest component; of equally large ones, that with the lowest node counts.
 
     The projector on the eigenspace of 0 holds 1/size for two nodes of one component and 0 else.
     (The published code takes the most common rounded entry of whatever first vector the solver returns.)
-    vectors: float64[B, n, n], zero: float64[B, n] marks the columns of eigenvalue 0, mask: float64[B, n] -> [B, n].
+    vectors: float64[B, n, n]; zero: float64[B, n], 1 for columns of eigenvalue 0; mask: float64[B, n].
+    Returns [B, n].
     """
     inverse_size = projector_diagonal(vectors, zero) + 2 * (1 - mask)
     largest = pivot(1 / inverse_size.clamp(min=1e-3))
@@ -133,14 +137,14 @@ def not_in_largest(vectors: Tensor, zero: Tensor, mask: Tensor) -> Tensor:
 def charge_and_valency(X: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
     """[B, n, 1] each. Quirk, as published: class indices stand for valencies, both of atoms and of bonds.
 
-    The published code takes the argmax of one-hots scaled by valency or bond order, which is the class index: an atom
-    counts its index (C 0, N 1, O 2, F 3) and an aromatic bond 4.
+    The published code takes the argmax of one-hots scaled by valency or bond order, which is the class
+    index: an atom counts its index (C 0, N 1, O 2, F 3) and an aromatic bond 4.
     """
     valency = E.argmax(-1).sum(-1)
     return (X.argmax(-1) - valency)[..., None], valency[..., None]
 
 
 def weight(X: Tensor, config: DigressConfig) -> Tensor:
-    """Sum of atom weights / max_weight, [B, 1]. Quirk, as published: a padded row counts as an atom of class 0."""
+    """Sum of atom weights / max_weight, [B, 1]. Quirk, as published: padding weighs like class 0."""
     weights = torch.tensor(config.atom_weights, dtype=torch.float64, device=X.device)
     return weights[X.argmax(-1)].sum(-1, keepdim=True) / config.max_weight

@@ -1,11 +1,12 @@
 """Source models: a full-precision network with everything needed to sample from it, in one safetensors file.
 
-Guarantees: the digest is a function of config and tensors alone (not of the name, the file or the machine); a file
-with any byte changed or missing is refused; nothing in a file is executed (law L5); names, shapes and finiteness
-are checked before a model is returned.
+Guarantees: the digest is a function of config and tensors alone (not of the name, the file or the machine);
+a file with any byte changed or missing is refused; nothing in a file is executed (law L5); names, shapes and
+finiteness are checked before a model is returned.
 Knows nothing of: foreign checkpoint formats (importer.py), the registry, quantization.
 
-File: quant/container.py; metadata `kind` "source", `format_version`, `name`, `config` (JSON of DigressConfig).
+File: quant/container.py; metadata `kind` "source", `format_version`, `name`, `config` (JSON of
+DigressConfig).
 """
 
 import hashlib
@@ -53,7 +54,7 @@ def source_model(config: DigressConfig, weights: Mapping[str, Tensor], name: str
 
 
 def content_digest(config: DigressConfig, weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of the canonical JSON of config and tensor headers, then of the tensors' bytes by name."""
+    """SHA-256 (hex) of config and tensor headers as canonical JSON, then of the tensors' bytes by name."""
     names = sorted(weights)
     headers = [[n, str(weights[n].dtype), list(weights[n].shape)] for n in names]
     sha = hashlib.sha256(canonical_json([config.to_dict(), headers]).encode())
@@ -100,8 +101,8 @@ def load_source(uri: str | Path) -> SourceModel:
     """Read a source model, every byte checked.
 
     uri: "builtin:digress-qm9", a file, or a folder that holds model.safetensors.
-    Raises: ModelNotFound, ArtifactCorrupt, ArtifactTooNew, ModelMismatch, NotFinite; BadInput for a file that is
-    no source model.
+    Raises: ModelNotFound, ArtifactCorrupt, ArtifactTooNew, ModelMismatch, NotFinite; BadInput for a file
+    that is no source model.
     """
     text = str(uri)
     path = builtin_path(text) if text.startswith(BUILTIN_PREFIX) else Path(uri)
