@@ -137,11 +137,8 @@ def side(parts: LinearParts) -> Tensor | None:
     if parts.proj_up is None and parts.sparse_index is None:
         return None
     b = torch.zeros(parts.shape, device=parts.qweight.device)
-    if parts.proj_up is not None and parts.proj_down is not None:
-        up, down = parts.proj_up.float(), parts.proj_down.float()
-        if parts.proj_up_scale is not None and parts.proj_down_scale is not None:
-            up, down = up * parts.proj_up_scale.float(), down * parts.proj_down_scale.float()
-        b += up @ down.T
+    if parts.proj_up is not None:
+        b += _low_rank(parts.tensors())
     if parts.sparse_index is not None and parts.sparse_value is not None:
         b.view(-1)[parts.sparse_index.to(torch.int64)] += parts.sparse_value.float()
     return b
@@ -154,13 +151,11 @@ def merged(parts: LinearParts) -> Tensor:
 
 
 def narrow(t: Tensor) -> Tensor:
-    """float16 if every value fits with its usual relative precision, else float32."""
+    """float16 if that keeps 11 bits of every value but the smallest (2^-14 of the largest), else float32."""
     half = t.to(torch.float16)
-    exact_enough = (half.float() - t).abs() <= 2.0**-11 * t.abs() + 2.0**-24
-    fits = bool(exact_enough.all()) and (
-        t.numel() == 0 or float(t.abs().max()) >= 2.0**-10 or not bool(t.any())
-    )
-    return half if fits else t.to(torch.float32)
+    close = bool(((half.float() - t).abs() <= 2.0**-11 * t.abs() + 2.0**-24).all())
+    all_tiny = t.numel() > 0 and 0 < float(t.abs().max()) < 2.0**-10
+    return half if close and not all_tiny else t.to(torch.float32)
 
 
 def _split(w: Tensor, recipe: Recipe) -> tuple[LinearParts, int]:
@@ -171,18 +166,21 @@ def _split(w: Tensor, recipe: Recipe) -> tuple[LinearParts, int]:
         found = scaled_gd(w[None], recipe.rank, recipe.alpha)
         taken = int(found.steps)
         low_rank = _store_factors(found.left[0], found.right[0], recipe.factor_bits)
-        rest = w - merged_low_rank(low_rank)
+        rest = w - _low_rank(low_rank)
     if recipe.alpha:
-        sparse = _store_sparse(keep_largest(rest, recipe.alpha))
-        rest = rest.clone()
-        rest.view(-1)[sparse["sparse_index"].to(torch.int64)] -= sparse["sparse_value"].float()
+        s = keep_largest(rest, recipe.alpha).to(torch.bfloat16)
+        rest = rest - s.float()
+        index = s.view(-1).nonzero().view(-1)
+        sparse = {"sparse_index": index, "sparse_value": s.view(-1)[index]}
     integers, scale = round_weights(rest, recipe.weight_bits, recipe.weight_clip)
     stored = {"qweight": pack_nibbles(integers) if recipe.weight_bits == 4 else integers, "scale": scale}
     everything = {name: tensor.cpu().contiguous() for name, tensor in (stored | low_rank | sparse).items()}
+    if recipe.alpha:
+        everything["sparse_index"] = everything["sparse_index"].to(index_dtype(*_shape(w)))
     return LinearParts(_shape(w), **everything), taken
 
 
-def merged_low_rank(factors: dict[str, Tensor]) -> Tensor:
+def _low_rank(factors: dict[str, Tensor]) -> Tensor:
     """L R^T as float32[out, in] from the stored form of the factors."""
     up, down = factors["proj_up"].float(), factors["proj_down"].float()
     if "proj_up_scale" in factors:
@@ -201,12 +199,6 @@ def _store_factors(left: Tensor, right: Tensor, bits: int) -> dict[str, Tensor]:
         "proj_up_scale": up_scale,
         "proj_down_scale": down_scale,
     }
-
-
-def _store_sparse(s: Tensor) -> dict[str, Tensor]:
-    index = s.view(-1).nonzero().view(-1)
-    value = s.view(-1)[index].to(torch.bfloat16)
-    return {"sparse_index": index.to(index_dtype(s.shape[0], s.shape[1])), "sparse_value": value}
 
 
 def index_dtype(out_features: int, in_features: int) -> torch.dtype:
