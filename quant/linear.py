@@ -7,10 +7,11 @@ output NaN (or infinite) and no other's. Inference only.
 Knows nothing of: where the parts came from; kernels that compute the same formula faster.
 
 Activation codes, in float32 with one rounding per operation, t the token without its outliers:
-    symmetric    s = max|t| / top,                          q = clamp(rint(t * (1/s)), -top, top)
-    asymmetric   s = max(t, 0) / levels - min(t, 0) / levels,   z = rint(min(t, 0) * (1/s)),
-                 q = clamp(rint(t * (1/s)), z, z + levels)
+    symmetric    s = max|t| * (1/top),                          q = clamp(rint(t * (1/s)), -top, top)
+    asymmetric   s = (max(t, 0) - min(t, 0)) * (1/levels),      z = rint(min(t, 0) * (1/s)),
+                 q = min(rint(t * (1/s)), z + levels)
     with top = 2^(bits-1) - 1, levels = 2^bits - 1, s at least the smallest normal number.
+The constants 1/top and 1/levels are factors because a GPU divides by a constant in another way than a CPU.
 q is already centred: the unsigned code is u = q - z in [0, levels], and u codes^T + z rowsum(codes) is the
 same integer.
 """
@@ -35,13 +36,13 @@ def quantize_tokens(t: Tensor, bits: int, asymmetric: bool) -> tuple[Tensor, Ten
     if asymmetric:
         levels = 2**bits - 1
         low, high = t.amin(dim=-1, keepdim=True).clamp_max_(0.0), t.amax(dim=-1, keepdim=True).clamp_min_(0.0)
-        scale = (high / levels - low / levels).clamp_min(_TINY)
+        scale = ((high - low) * (1 / levels)).clamp_min(_TINY)
         inverse = scale.reciprocal()
         zero = (low * inverse).round_()
         q = t.mul(inverse).round_()  # never below zero: multiplication and rounding are monotone
         return torch.minimum(q, zero + levels), scale
     top = 2 ** (bits - 1) - 1
-    scale = (t.abs().amax(dim=-1, keepdim=True) / top).clamp_min(_TINY)
+    scale = (t.abs().amax(dim=-1, keepdim=True) * (1 / top)).clamp_min(_TINY)
     return t.mul(scale.reciprocal()).round_().clamp_(-top, top), scale
 
 

@@ -64,11 +64,11 @@ def activation_codes(t, bits, asymmetric):
     if asymmetric:
         levels = np.float32(2**bits - 1)
         low, high = np.minimum(t.min(1, keepdims=True), 0), np.maximum(t.max(1, keepdims=True), 0)
-        scale = np.maximum(high / levels - low / levels, tiny)
+        scale = np.maximum((high - low) * (one / levels), tiny)
         zero = np.rint(low * (one / scale))
         return np.clip(np.rint(t * (one / scale)), zero, zero + levels).astype(np.int64), scale
     top = np.float32(2 ** (bits - 1) - 1)
-    scale = np.maximum(np.abs(t).max(1, keepdims=True) / top, tiny)
+    scale = np.maximum(np.abs(t).max(1, keepdims=True) * (one / top), tiny)
     return np.clip(np.rint(t * (one / scale)), -top, top).astype(np.int64), scale
 
 
@@ -266,3 +266,52 @@ def test_a_bias_or_threshold_of_another_length_is_refused():
     for bias, tau, name in ((torch.zeros(7), None, "bias"), (torch.zeros(6), torch.zeros(31), "tau")):
         with pytest.raises(ValueError, match=name):
             QuantLinear.from_parts(parts, bias, DEFAULT, tau)
+
+
+def on_gpu(recipe, seed=0):
+    """(layer on the CPU, its copy on the GPU, tokens)."""
+    rng = np.random.default_rng(seed)
+    parts, _ = decompose(torch.from_numpy(rng.standard_t(4, (64, 2048)).astype(np.float32)), recipe)
+    layers = [QuantLinear.from_parts(parts, torch.ones(64), recipe).to(device) for device in ("cpu", "cuda")]
+    return *layers, torch.from_numpy(rng.standard_t(3, (40, 2048)).astype(np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_a_gpu_gets_the_same_codes_scales_and_integers(bits, asymmetric):
+    host, there, x = on_gpu(Recipe("any", 8, bits, act_asymmetric=asymmetric))
+    (q, s), (q_there, s_there) = (quantize_tokens(t, bits, asymmetric) for t in (x, x.cuda()))
+    assert torch.equal(q, q_there.cpu()) and torch.equal(s, s_there.cpu())
+    largest = (2**bits - 1) * 128
+    product = exact_product(q, host.codes, largest)
+    assert torch.equal(product, exact_product(q_there, there.codes, largest).cpu())
+
+
+@pytest.mark.gpu
+@each_recipe
+def test_a_gpu_gives_the_same_output_also_replayed_from_a_graph(recipe):
+    host, there, x = on_gpu(recipe)
+    still = x.cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        there(still)  # allocates what a capture must not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y = there(still)
+    still.copy_(x.flip(0))
+    graph.replay()
+    expected_y = host(x.flip(0))
+    torch.cuda.synchronize()
+    assert float((y.cpu() - expected_y).norm()) <= 1e-5 * float(expected_y.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+def test_a_gpu_decomposes_as_well_as_a_cpu(recipe):
+    w = torch.from_numpy(np.random.default_rng(0).standard_t(4, (96, 160)).astype(np.float32))
+    (here, report), (there, report_there) = (decompose(v, recipe) for v in (w, w.cuda()))
+    assert all(t.device.type == "cpu" for t in there.tensors().values())
+    assert here.tensors().keys() == there.tensors().keys()
+    assert report_there.relative_error == pytest.approx(report.relative_error, rel=0.02, abs=1e-9)
