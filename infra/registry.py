@@ -3,8 +3,6 @@
 Guarantees: versions are numbers, aliases are true, timestamps ISO in UTC; silent on stdout and stderr; a dead
 server is RegistryUnavailable within seconds; a download is whole files or none.
 Knows nothing of: what the files are. MLflow is imported here only, and only when used.
-
-Used is MLFLOW_TRACKING_URI, else a SQLite file in $BITDGDM_HOME (default ~/.bitdgdm) with the files beside it.
 """
 
 import contextlib
@@ -19,6 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bitdgdm.infra.errors import BitDGDMError, ModelNotFound, RegistryRefused, RegistryUnavailable
+from bitdgdm.infra.registry_address import artifacts_beside, check_usable, location, tracking_uri
+
+__all__ = ["ModelVersion", "download", "list_models", "location", "register", "resolve", "set_alias"]
 
 _EXPERIMENT, _FOLDER = "bitdgdm", "model"
 _MARK = ("created_by", "bitdgdm")  # a shared server holds other people's models too
@@ -117,7 +118,7 @@ def download(version: ModelVersion, into: Path) -> Path:
     client = _client()
     with _typed(version.uri), tempfile.TemporaryDirectory(prefix=".partial-", dir=into) as folder:
         source = client.get_model_version_download_uri(version.name, str(version.version))
-        fetched = Path(download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=_tracking_uri()))
+        fetched = Path(download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=tracking_uri()))
         paths = [path for path in fetched.rglob("*") if path.is_file()]
         if not paths:
             raise ModelNotFound(version.uri, f"its files are gone from {source}")
@@ -145,15 +146,8 @@ def set_alias(name: str, version: int, alias: str) -> None:
     """Point `alias` of `name` to `version`, away from wherever it pointed. Raises: ModelNotFound."""
     client = _client()
     with _typed(f"models:/{name}/{version}"):
-        client.get_model_version(
-            name, str(version)
-        )  # SQL stores accept an alias to a version that isn't there
+        client.get_model_version(name, str(version))  # SQL stores would accept one that isn't there
         client.set_registered_model_alias(name, alias, str(version))
-
-
-def location() -> str:
-    """Return where the registry is, for people; passwords masked."""
-    return re.sub(r"://[^/@\s]+@", "://***@", _tracking_uri())
 
 
 def import_quietly() -> Any:
@@ -166,59 +160,17 @@ def import_quietly() -> Any:
 
 
 def _client() -> Any:
-    return _connected(_tracking_uri())
+    return _connected(tracking_uri())
 
 
 @functools.lru_cache(maxsize=4)
 def _connected(uri: str) -> Any:
+    check_usable(uri)
     mlflow = import_quietly()
-    if uri.startswith("sqlite:///"):
-        _check_file(uri)
-    elif uri.startswith(("http://", "https://")):
-        _check_answers(uri)
-    elif uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
-        raise RegistryRefused(
-            uri,
-            "MLflow no longer keeps models in plain folders",
-            "Set MLFLOW_TRACKING_URI to sqlite:///FILE or http://HOST",
-        )
     with _typed():
         return mlflow.MlflowClient(
             tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri
         )
-
-
-def _check_file(uri: str) -> None:
-    """MLflow would try a broken file ten times; see first."""
-    path = Path(uri.removeprefix("sqlite:///"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            file.seek(0)
-            head = file.read(16)
-    except OSError as error:
-        raise RegistryRefused(
-            uri, error.strerror or str(error), "Set BITDGDM_HOME to a folder of yours"
-        ) from error
-    if head and head != b"SQLite format 3\0":
-        raise RegistryRefused(uri, "the file is not a SQLite database", "Move it away, or set BITDGDM_HOME")
-
-
-def _check_answers(uri: str) -> None:
-    """MLflow's own retries are meant for a server that has been there; see first."""
-    import requests
-
-    try:
-        status = requests.get(f"{uri.rstrip('/')}/health", timeout=(5, 20)).status_code
-    except requests.exceptions.SSLError:
-        return  # MLflow has its own TLS settings
-    except requests.exceptions.RequestException as error:
-        known = re.search(
-            r"Connection refused|timed out|Name or service not known|No route to host", str(error)
-        )
-        raise RegistryUnavailable(location(), known[0] if known else type(error).__name__) from error
-    if status == 404:
-        raise RegistryRefused(location(), "no MLflow server is there", "Check MLFLOW_TRACKING_URI")
 
 
 def _check_given(files: Mapping[str, Path], aliases: Sequence[str]) -> None:
@@ -235,15 +187,6 @@ def _check_given(files: Mapping[str, Path], aliases: Sequence[str]) -> None:
             )
 
 
-def _tracking_uri() -> str:
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    return given or f"sqlite:///{_home() / 'registry.db'}"
-
-
-def _home() -> Path:
-    return Path(os.environ.get("BITDGDM_HOME") or "~/.bitdgdm").expanduser().absolute()
-
-
 def _ensure_model(client: Any, name: str) -> None:
     key, value = _MARK
     with _existing_is_fine():
@@ -255,12 +198,8 @@ def _ensure_model(client: Any, name: str) -> None:
 def _experiment(client: Any) -> str:
     found = client.get_experiment_by_name(_EXPERIMENT)
     if found is None:
-        uri = _tracking_uri()
-        beside = Path(uri.removeprefix("sqlite:///")).absolute().parent / "artifacts"
         with _existing_is_fine():
-            return client.create_experiment(
-                _EXPERIMENT, beside.as_uri() if uri.startswith("sqlite:///") else None
-            )
+            return client.create_experiment(_EXPERIMENT, artifacts_beside(tracking_uri()))
         found = client.get_experiment_by_name(_EXPERIMENT)
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)

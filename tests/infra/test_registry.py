@@ -114,7 +114,7 @@ def test_an_alias_moves_and_lists_show_where_it_is(place, name, files):
 
 
 def test_models_of_others_are_not_listed_but_can_be_used(place, name, files):
-    registry.import_quietly().MlflowClient(registry._tracking_uri()).create_registered_model(f"theirs-{name}")
+    registry.import_quietly().MlflowClient(place).create_registered_model(f"theirs-{name}")
     assert f"theirs-{name}" not in {version.name for version in registry.list_models()}
     registry.register(f"theirs-{name}", {"a": files["docs/card.md"]}, {})
     assert f"theirs-{name}" in {version.name for version in registry.list_models()}

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from bitdgdm.infra.errors import CreateOnlyUnsupported, StorageRefused, StorageUnavailable
 from bitdgdm.infra.storage import Store, open_store, probe_create_only
@@ -52,7 +53,20 @@ def test_create_succeeds_once_and_keeps_the_first_content(store):
     assert store.read("commits/1") == b"first"
 
 
-def test_of_many_threads_that_create_one_object_one_wins(store):
+@pytest.fixture
+def gap_in_memory(monkeypatch):
+    """fsspec's memory looks for an object and then writes it; make room between the two for other threads."""
+    look = MemoryFileSystem.exists
+
+    def slow_look(*arguments, **options):
+        found = look(*arguments, **options)
+        threading.Event().wait(0.01)
+        return found
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", slow_look)
+
+
+def test_of_many_threads_that_create_one_object_one_wins(store, gap_in_memory):
     gate, winners = threading.Barrier(8), []
 
     def attempt(number: int) -> None:
