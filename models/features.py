@@ -146,5 +146,9 @@ def charge_and_valency(X: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
 
 def weight(X: Tensor, config: DigressConfig) -> Tensor:
     """Sum of atom weights / max_weight, [B, 1]. Quirk, as published: padding weighs like class 0."""
-    weights = torch.tensor(config.atom_weights, dtype=torch.float64, device=X.device)
-    return weights[X.argmax(-1)].sum(-1, keepdim=True) / config.max_weight
+    classes = X.argmax(-1)
+    counts = [(classes == kind).sum(-1, keepdim=True).to(torch.float64) for kind in range(X.shape[-1])]
+    total = sum(
+        (w * count for w, count in zip(config.atom_weights, counts, strict=True)), torch.zeros_like(counts[0])
+    )
+    return total / config.max_weight
