@@ -74,9 +74,8 @@ def disconnect() -> None:
 def _prepare_local() -> None:
     """What Ray reads from the environment when it is imported; the user's settings win."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no other machine can reach a loopback cluster
-    os.environ.setdefault(
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
-    )  # Ray's name for "listen on loopback only"
+    # Ray's name for "listen beyond loopback"
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 

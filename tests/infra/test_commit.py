@@ -13,6 +13,7 @@ from bitdgdm.infra.commit import (
     clear_quarantine,
     commit_unit,
     finish_campaign,
+    is_committed,
     new_attempt,
     quarantine_unit,
     read_commits,
@@ -55,6 +56,12 @@ def test_a_unit_committed_by_another_attempt_is_dropped_and_reported(store, desc
     assert commit_unit(store, second, shard_of(3)) == "duplicate"
     assert read_commits(store) == {3: first}
     assert store.exists(first.path) and not store.exists(second.path)
+
+
+def test_a_worker_can_ask_whether_its_unit_is_done(store, fill):
+    fill(store, [3])
+    store.write(shard_key(4, new_attempt()), b"a shard is no commit")
+    assert is_committed(store, 3) and not is_committed(store, 4) and not is_committed(store, 33)
 
 
 def test_an_attempt_that_commits_twice_is_still_the_winner(store, describe):
