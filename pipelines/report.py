@@ -16,7 +16,7 @@ from markupsafe import Markup
 from bitdgdm.infra.commit import CommitRecord, Quarantine, read_commits, read_quarantine
 from bitdgdm.infra.storage import Store, open_store
 from bitdgdm.infra.version import VERSION
-from bitdgdm.pipelines.campaign import Campaign, load_campaign
+from bitdgdm.pipelines.campaign import Campaign, load_campaign, model_key
 from bitdgdm.pipelines.report_census import Census, Example, take_census
 from bitdgdm.pipelines.report_charts import draw_histogram, draw_molecule
 from bitdgdm.pipelines.report_facts import (
@@ -83,8 +83,8 @@ def render(
     return _template().render(
         campaign=campaign, spec=campaign.spec, status=status, version=VERSION, root=store.url,
         valid=Share(valid, n), relaxed=Share(counts.get("valid_relaxed", 0), n),
-        connected=Share(counts.get("connected", 0), n), unique=Share(census.distinct, valid, "shards"),
-        novel=Share(census.distinct_novel, census.distinct, "shards") if campaign.spec.novelty else None,
+        connected=Share(counts.get("connected", 0), n), unique=Share(census.distinct, valid),
+        novel=Share(census.distinct_novel, census.distinct) if campaign.spec.novelty else None,
         novel_rows=Share(counts.get("novel", 0), counts.get("compared", 0)),
         alerted=Share(counts.get("alerted", 0), valid),
         alerts=[(*name.partition(":")[::2], Share(k, valid)) for name, k in census.alerts[:_ALERTS]],
@@ -94,7 +94,7 @@ def render(
         sample=[_tile(e, score) for e in census.sample],
         hardware=hardware_facts(ordered), quarantine=pending, lineage=lineage(campaign, status, ordered, store.url),
         command=reproduce(campaign, best[0].sample_id if best else campaign.spec.first_id),
-        mono=MONOSPACED, spec_json=campaign.spec.model_dump_json(indent=1),
+        model_copy=model_key(campaign.model["digest"]), mono=MONOSPACED, spec_json=campaign.spec.model_dump_json(indent=1),
     )  # fmt: skip
 
 

@@ -51,11 +51,10 @@ PROPERTIES: Mapping[str, Property] = {
 
 @dataclass(frozen=True)
 class Share:
-    """`part` of `whole`, with its 95 % interval. From "records" or "shards"."""
+    """`part` of `whole`, with its 95 % interval."""
 
     part: int
     whole: int
-    origin: str = "records"
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -376,6 +376,12 @@ def test_the_snippets_for_readers_run_as_printed(tmp_path: Path, folder: str) ->
     assert len(names["frame"]) == valid and list(names["frame"]) == ["sample_id", "smiles", "qed"]
 
 
+def test_the_query_of_a_campaign_without_novelty_and_alerts_asks_for_neither(tmp_path: Path) -> None:
+    store = make_campaign(str(tmp_path / "c"), units=1, novelty=False, spec={"alerts": False})
+    [(valid,)] = query(store, "SELECT count(*) FROM read_parquet($shards) WHERE is_valid")
+    assert len(duckdb.execute(snippet(page_of(store.url), "duckdb")).fetchall()) == min(valid, 100) > 0
+
+
 def test_the_command_for_one_molecule_is_accepted_and_repeats_the_campaign_settings(finished: Store) -> None:
     program, verb, *arguments = shlex.split(snippet(page_of(finished.url), "reproduce"))
     command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
