@@ -86,12 +86,12 @@ def generate(
     else:
         campaign, store = open_campaign(make_spec(values, str(spec) if spec else "the command line"))
     outcome = run_campaign(campaign, store, quiet=json)
-    report_url = write_report(store.url) if outcome.finished else None
+    report_url = write_report(store.url)
     reply({**outcome.__dict__, "report": report_url}, json, lambda: _say(outcome, report_url))
     return 0 if outcome.finished else EXIT_PARTIAL
 
 
-def _say(outcome: Any, report_url: str | None) -> None:
+def _say(outcome: Any, report_url: str) -> None:
     if outcome.finished:
         out.print(
             f"{outcome.molecules:,} molecules in {outcome.units} shards, campaign digest {outcome.digest[:16]}"

@@ -6,6 +6,7 @@ script and loads nothing; all that a user, a model or a molecule could have writ
 Knows nothing of: running campaigns.
 """
 
+import logging
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from bitdgdm.infra.storage import Store, open_store
 from bitdgdm.infra.version import VERSION
 from bitdgdm.pipelines.campaign import Campaign, load_campaign, model_key
 from bitdgdm.pipelines.report_census import Census, Example, take_census
-from bitdgdm.pipelines.report_charts import draw_histogram, draw_molecule
+from bitdgdm.pipelines.report_charts import NO_PICTURES, draw_histogram, draw_molecule
 from bitdgdm.pipelines.report_facts import (
     MONOSPACED,
     PROPERTIES,
@@ -37,6 +38,7 @@ from bitdgdm.pipelines.status import SUCCESS, fold_status
 REPORT_FILE = "report.html"
 BEST, SAMPLE = 18, 12
 _ALERTS = 12
+log = logging.getLogger("bitdgdm.report")
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
@@ -50,6 +52,11 @@ def write_report(url: str, to: Path | None = None) -> str:
     records, quarantine = read_commits(store), read_quarantine(store)
     census = take_census(store, records, SAMPLE)
     page = render(campaign, store, records, quarantine, census, success).encode()
+    if NO_PICTURES:
+        log.warning(
+            "the report has no pictures of molecules: %s. Install it (Debian: libxrender1), then: bitdgdm report %s",
+            NO_PICTURES, url,
+        )  # fmt: skip
     if to is None:
         store.write(REPORT_FILE, page)
         return store.path(REPORT_FILE)

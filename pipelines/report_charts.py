@@ -14,7 +14,13 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 from rdkit import Chem, rdBase
-from rdkit.Chem.Draw import rdMolDraw2D
+
+try:
+    from rdkit.Chem.Draw import rdMolDraw2D
+except ImportError as error:  # RDKit draws with libXrender, which a bare GPU host doesn't have
+    rdMolDraw2D, NO_PICTURES = None, str(error)
+else:
+    NO_PICTURES = ""
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 8, 8, 22
 _TAIL = 5e-4  # of the molecules, on either side, may lie outside the drawn range
@@ -177,10 +183,13 @@ def _ticks(low: float, high: float, *, whole: bool) -> list[float]:
 
 
 def draw_molecule(smiles: str) -> Markup:
-    """Return the SVG of a molecule, empty if RDKit can't read `smiles`; small molecules share one bond length."""
+    """Return the SVG of a molecule; small molecules share one bond length.
+
+    Empty if RDKit can't read `smiles`, or can't draw on this machine (NO_PICTURES says why).
+    """
     with rdBase.BlockLogs():
         molecule = Chem.MolFromSmiles(smiles)
-    if molecule is None:
+    if molecule is None or rdMolDraw2D is None:
         return Markup("")
     canvas = rdMolDraw2D.MolDraw2DSVG(*_PICTURE)
     options = canvas.drawOptions()

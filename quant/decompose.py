@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -49,6 +50,14 @@ class LinearParts:
         """The parts that are there, by name."""
         named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shape"}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """Travel between processes as safetensors bytes: torch can't read back its own pickle of uint16."""
+        return _unpacked, (self.shape, safetensors.torch.save(self.tensors()))
+
+
+def _unpacked(shape: tuple[int, int], data: bytes) -> LinearParts:
+    return LinearParts(shape, **safetensors.torch.load(data))
 
 
 @dataclass(frozen=True)
