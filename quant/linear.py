@@ -16,6 +16,7 @@ q is already centred: the unsigned code is u = q - z in [0, levels], and u codes
 same integer.
 """
 
+import functools
 import math
 
 import torch
@@ -27,6 +28,9 @@ from bitdgdm.quant.recipe import Recipe
 
 EXACT = 2**24
 """float32 holds every integer up to here: a product with partial sums below it is exact in any order."""
+
+SHORTEST_INT8 = 8
+"""Inner length from which the library's int8 product is used; PyTorch 2.13 gets it wrong for length 1."""
 
 _TINY = float(torch.finfo(torch.float32).tiny)
 
@@ -58,6 +62,8 @@ def exact_product(q: Tensor, weight_codes: Tensor, largest: int) -> Tensor:
 
     q: integers as float32[M, K]; weight_codes: integers as float32[N, K]; largest: bound of |q| * |codes|.
     """
+    if q.device.type == "cpu" and q.shape[1] >= SHORTEST_INT8 and largest <= 127 * 128 and _int8_is_exact():
+        return torch._int_mm(q.to(torch.int8), weight_codes.to(torch.int8).T).to(torch.float32)
     chunk = (EXACT - 1) // largest
     if q.shape[1] <= chunk:
         return F.linear(q, weight_codes)
@@ -66,6 +72,24 @@ def exact_product(q: Tensor, weight_codes: Tensor, largest: int) -> Tensor:
     for q_piece, w_piece in pieces:
         total += F.linear(q_piece, w_piece)
     return total.to(torch.float32)
+
+
+@functools.cache
+def _int8_is_exact() -> bool:
+    """Whether this CPU multiplies int8 into int32 in one instruction (VNNI): a third of the time of float32.
+
+    Without it the library's product may saturate or loop. Its interface is private, so it is tried out first.
+    """
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    if supported is None or not supported() or not torch.backends.mkldnn.is_available():
+        return False
+    for m, k, n in ((1, SHORTEST_INT8, 2), (33, 64, 17), (3, 257, 1), (2, 2048, 5)):
+        q = (torch.arange(m * k) * 37 % 255 - 127).view(m, k)
+        w = (torch.arange(n * k) * 101 % 256 - 128).view(n, k)
+        q[-1], w[-1] = 127, -128
+        if not torch.equal(torch._int_mm(q.to(torch.int8), w.to(torch.int8).T).long(), q @ w.T):
+            return False
+    return True
 
 
 class QuantLinear(nn.Module):

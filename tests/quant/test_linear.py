@@ -158,6 +158,22 @@ def test_the_integer_product_is_exact_at_the_extremes(k, low, high, top):
     assert np.array_equal(product.numpy(), (q.astype(np.int64) @ w.T.astype(np.int64)).astype(np.float32))
 
 
+@given(st.integers(0, 20), st.integers(1, 70), st.integers(1, 40), st.integers(0, 2**31))
+def test_the_integer_product_is_exact_for_any_shape(m, k, n, seed):
+    rng = np.random.default_rng(seed)
+    q, w = rng.integers(-127, 128, (m, k)), rng.integers(-128, 128, (n, k))
+    product = exact_product(torch.from_numpy(q).float(), torch.from_numpy(w).float(), 127 * 128)
+    assert np.array_equal(product.numpy(), q @ w.T)
+
+
+def test_float_and_int8_units_give_the_same_output(monkeypatch):
+    layer = QuantLinear.from_parts(decompose(torch.randn(40, 300), DEFAULT)[0], torch.randn(40), DEFAULT)
+    x = torch.randn(50, 300)
+    as_it_is = layer(x)
+    monkeypatch.setattr("bitdgdm.quant.linear._int8_is_exact", lambda: False)
+    assert torch.equal(layer(x), as_it_is)
+
+
 @given(st.integers(0, 2**31), st.sampled_from([4, 8]))
 def test_unsigned_codes_with_the_row_sum_correction_give_the_same_integers(seed, bits):
     rng = np.random.default_rng(seed)
