@@ -7,6 +7,7 @@ its Parquet. Quality has 95 % Wilson intervals. Example:
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -18,10 +19,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rows import device, keep, row
+
 from bitdgdm.infra.commit import visible_shards
 from bitdgdm.infra.storage import open_store
 from bitdgdm.pipelines.status import read_status
-from rows import device, keep, row
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "campaign"
@@ -38,27 +40,30 @@ def command(*args: str) -> dict:
     """Run `bitdgdm ARGS --json`; return its document."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     print("$ bitdgdm", *args, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "bitdgdm.pipelines.cli", *args, "--json"], env=env, stdout=subprocess.PIPE, text=True
+    run = subprocess.Popen(
+        [sys.executable, "-m", "bitdgdm.pipelines.cli", *args, "--json"], env=env, stdout=subprocess.PIPE
     )
-    if done.returncode:
-        raise SystemExit(f"bitdgdm {args[0]} ended with {done.returncode}: {done.stdout}")
-    return json.loads(done.stdout)
+    assert run.stdout is not None
+    answer = run.stdout.read()
+    _, status, usage = os.wait4(run.pid, 0)
+    if status:
+        raise SystemExit(f"bitdgdm {args[0]} failed: {answer.decode()}")
+    return json.loads(answer) | {"peak_mb": usage.ru_maxrss / 1024}
 
 
-def measure(recipe: str, a: argparse.Namespace, folder: Path) -> list[dict]:
+def measure(recipe: str, steps: int, a: argparse.Namespace, folder: Path) -> list[dict]:
     """Run one campaign; return its rows."""
     model, rows = a.model, []
-    case = f"{recipe}, T={a.steps}, {a.count} molecules, {device()}"
+    case = f"{recipe}, {steps} steps, {a.count} molecules, {device()}"
     if recipe != "full-precision":
         model = str(folder / f"{recipe}.safetensors")
         made = command("quantize", a.model, "--recipe", recipe, "--out", model)
         rows.append(row(QUESTION, case, "bits a weight", made["bits_per_weight"], "bit"))
         rows.append(row(QUESTION, case, "quantize wall time, start of Ray included", made["seconds"], "s"))
-    out = folder / f"{recipe}-{a.steps}"
+    out = folder / f"{recipe}-{steps}"
     began = time.monotonic()
     done = command(
-        "generate", "--model", model, "--count", str(a.count), "--steps", str(a.steps), "--seed", str(a.seed),
+        "generate", "--model", model, "--count", str(a.count), "--steps", str(steps), "--seed", str(a.seed),
         "--out", str(out), "--gpus-per-worker", str(a.gpus_per_worker), *a.generate,
     )  # fmt: skip
     wall = time.monotonic() - began
@@ -68,6 +73,8 @@ def measure(recipe: str, a: argparse.Namespace, folder: Path) -> list[dict]:
     smiles, n = valid["smiles"].to_pylist(), table.num_rows
     assert n == a.count and done["digest"] == status.digest
     distinct = set(smiles)
+    if "local" in a.generate:  # with Ray the work is in processes that this one can't see
+        rows.append(row(QUESTION, case, "peak memory of the process", done["peak_mb"], "MB"))
     novel = len({s for s, new in zip(smiles, valid["is_novel"].to_pylist(), strict=True) if new})
 
     def share(metric: str, hits: int, of: int) -> dict:
@@ -93,7 +100,7 @@ def main() -> None:
     p.add_argument("--model", default="builtin:digress-qm9")
     p.add_argument("--recipes", nargs="+", default=["full-precision", "bitdgdm-w4a4-r16-s1"])
     p.add_argument("--count", type=int, default=10_000)
-    p.add_argument("--steps", type=int, default=500)
+    p.add_argument("--steps", type=int, nargs="+", default=[500])
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--gpus-per-worker", type=float, default=1.0)
     p.add_argument("--folder", type=Path, help="keep campaigns and artifacts here")
@@ -101,8 +108,8 @@ def main() -> None:
     p.add_argument("generate", nargs="*", help="after --: more options of bitdgdm generate")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        for recipe in a.recipes:
-            keep(QUESTION, measure(recipe, a, a.folder or Path(scratch)), a.results)
+        for recipe, steps in itertools.product(a.recipes, a.steps):
+            keep(QUESTION, measure(recipe, steps, a, a.folder or Path(scratch)), a.results)
 
 
 if __name__ == "__main__":

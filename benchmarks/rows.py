@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from bitdgdm.infra.version import code_version
 from bitdgdm.models.engine import hardware_name
 

@@ -98,6 +98,11 @@ BINS: Mapping[str, tuple[float, float, int]] = {
 _SUM_UNIT = 1_000_000  # sums are kept in millionths: integers add up to the same in any order
 
 
+def properties(molecule: Chem.Mol) -> dict[str, float]:
+    """Return every numeric property of a sanitised molecule, by column name."""
+    return {name: compute(molecule) for name, compute in _PROPERTIES.items()}
+
+
 def score_graphs(
     graphs: Graphs,
     first_id: int,
