@@ -17,8 +17,9 @@ from rows import keep, row
 
 from bitdgdm.infra.commit import visible_shards
 from bitdgdm.infra.storage import open_store
-from bitdgdm.models.molecule import NUMERIC_COLUMNS, properties
+from bitdgdm.models.molecule import properties
 from bitdgdm.models.novelty import load_reference
+from bitdgdm.models.summary import NUMERIC_COLUMNS
 from bitdgdm.pipelines.status import read_status
 
 QUESTION = "rescore"

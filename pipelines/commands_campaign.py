@@ -73,10 +73,10 @@ def generate(
     if given.get("novelty") == "none":
         given["novelty"] = None
 
-    from bitdgdm.pipelines.campaign import open_campaign, resume_campaign
     from bitdgdm.pipelines.generate import run_campaign
     from bitdgdm.pipelines.report import write_report
     from bitdgdm.pipelines.spec import make_spec, read_spec
+    from bitdgdm.pipelines.submit import open_campaign, resume_campaign
 
     values = {**(read_spec(spec) if spec else {}), **given}
     if resume:

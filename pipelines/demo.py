@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitdgdm.infra import registry
-from bitdgdm.pipelines.campaign import open_campaign
 from bitdgdm.pipelines.generate import run_campaign
 from bitdgdm.pipelines.quantize import Quantized, quantize
 from bitdgdm.pipelines.ray_run import cluster
 from bitdgdm.pipelines.report import write_report
 from bitdgdm.pipelines.spec import make_spec
 from bitdgdm.pipelines.status import Status, read_status
+from bitdgdm.pipelines.submit import open_campaign
 
 MODEL = "builtin:digress-qm9"
 NAME = "digress-qm9"

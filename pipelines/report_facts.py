@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitdgdm.infra.commit import CommitRecord
-from bitdgdm.models.molecule import BINS, LOWER_IS_BETTER, mean
+from bitdgdm.models.summary import BINS, LOWER_IS_BETTER, mean
 from bitdgdm.pipelines.campaign import Campaign
 from bitdgdm.pipelines.report_charts import Histogram
 from bitdgdm.pipelines.status import Status

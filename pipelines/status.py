@@ -11,7 +11,7 @@ from typing import Any
 
 from bitdgdm.infra.commit import CommitRecord, campaign_digest, read_commits, read_quarantine
 from bitdgdm.infra.storage import open_store
-from bitdgdm.models.molecule import fold_stats
+from bitdgdm.models.summary import fold_stats
 from bitdgdm.pipelines.campaign import Campaign, load_campaign
 
 SUCCESS = "_SUCCESS"

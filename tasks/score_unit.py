@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bitdgdm.models.digress import DigressConfig
-from bitdgdm.models.molecule import score_graphs, unit_stats
+from bitdgdm.models.molecule import score_graphs
 from bitdgdm.models.novelty import ReferenceSet
 from bitdgdm.models.sampler import Graphs
+from bitdgdm.models.summary import unit_stats
 
 ROW_GROUP_ROWS = 131_072
 _CHUNK = 256  # molecules a process takes at a time

@@ -12,10 +12,10 @@ import pytest
 
 from bitdgdm.infra.commit import visible_shards
 from bitdgdm.infra.storage import open_store
-from bitdgdm.pipelines.campaign import open_campaign
 from bitdgdm.pipelines.generate import run_campaign
 from bitdgdm.pipelines.quantize import quantize
 from bitdgdm.pipelines.spec import make_spec
+from bitdgdm.pipelines.submit import open_campaign
 
 COUNT, MICRO_BATCH, STEPS = 64, 32, 5
 

@@ -15,21 +15,14 @@ from hypothesis import strategies as st
 from rdkit import Chem
 from rdkit.Chem import QED
 
-from bitdgdm.models import molecule
+from bitdgdm.models import molecule, summary
 from bitdgdm.models.alerts import structural_alerts
 from bitdgdm.models.decode import decode
 from bitdgdm.models.digress_config import QM9_NO_H, DigressConfig
-from bitdgdm.models.molecule import (
-    BINS,
-    MOLECULE_SCHEMA,
-    NUMERIC_COLUMNS,
-    fold_stats,
-    mean,
-    score_graphs,
-    unit_stats,
-)
+from bitdgdm.models.molecule import MOLECULE_SCHEMA, score_graphs
 from bitdgdm.models.novelty import load_reference
 from bitdgdm.models.sampler import Graphs
+from bitdgdm.models.summary import BINS, NUMERIC_COLUMNS, fold_stats, mean, unit_stats
 
 ORDERS = {Chem.BondType.SINGLE: 1, Chem.BondType.DOUBLE: 2, Chem.BondType.TRIPLE: 3}
 WITH_SULPHUR = replace(QM9_NO_H, atoms=("C", "N", "O", "S"))
@@ -294,5 +287,5 @@ def test_a_summary_of_no_valid_molecule_folds_and_has_no_mean() -> None:
 
 def test_values_beyond_the_bins_are_counted_in_the_end_bins() -> None:
     low, high, bins = BINS["logp"]
-    counts = molecule._histogram("logp", np.array([low - 5, low, high - 1e-6, high, high + 50]))
+    counts = summary._histogram("logp", np.array([low - 5, low, high - 1e-6, high, high + 50]))
     assert (len(counts), counts[0], counts[-1]) == (bins, 2, 3)

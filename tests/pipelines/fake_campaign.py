@@ -25,7 +25,8 @@ from bitdgdm.infra.commit import (
 from bitdgdm.infra.fingerprint import canonical_json, fingerprint
 from bitdgdm.infra.storage import Store, open_store
 from bitdgdm.models.alerts import structural_alerts
-from bitdgdm.models.molecule import LOWER_IS_BETTER, MOLECULE_SCHEMA, unit_stats
+from bitdgdm.models.molecule import MOLECULE_SCHEMA
+from bitdgdm.models.summary import LOWER_IS_BETTER, unit_stats
 from bitdgdm.pipelines.campaign import Campaign
 from bitdgdm.pipelines.spec import CampaignSpec
 from bitdgdm.tasks.score_unit import to_parquet

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from bitdgdm.infra.commit import read_commits, read_quarantine, visible_shards
 from bitdgdm.infra.errors import CampaignDamaged, CampaignNotFound
 from bitdgdm.infra.storage import Store
-from bitdgdm.models.molecule import BINS
+from bitdgdm.models.summary import BINS
 from bitdgdm.pipelines.campaign import load_campaign
 from bitdgdm.pipelines.cli import app
 from bitdgdm.pipelines.report import SAMPLE, render, write_report

@@ -8,10 +8,11 @@ import pytest
 from bitdgdm.infra.commit import read_commits, read_quarantine
 from bitdgdm.infra.errors import StorageUnavailable
 from bitdgdm.infra.storage import Store
-from bitdgdm.pipelines.campaign import Campaign, open_campaign, resume_campaign
+from bitdgdm.pipelines.campaign import Campaign
 from bitdgdm.pipelines.generate import run_campaign
 from bitdgdm.pipelines.spec import make_spec
 from bitdgdm.pipelines.status import read_status
+from bitdgdm.pipelines.submit import open_campaign, resume_campaign
 from bitdgdm.tasks.sample_unit import UnitWorker
 
 SPEC = {"model": "builtin:digress-qm9", "count": 12, "steps": 2, "unit_size": 4, "micro_batch": 4, "executor": "local",
