@@ -3,7 +3,7 @@
 For campaigns that were made on another machine: the SMILES of each valid row is parsed anew, its properties are
 computed here and compared with the stored ones. Example:
 
-    python benchmarks/rescore.py out/full-precision-500 out/bitdgdm-w4a4-r16-s1-500
+    python benchmarks/rescore.py out/*
 """
 
 import argparse
