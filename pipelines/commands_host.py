@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
-from bitdgdm.pipelines.console import out, reply
+from bitdgdm.pipelines.console import out, reply, table
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 EXIT_FAILED = 1
@@ -70,11 +70,9 @@ def doctor(
     checks = examine(storage)
 
     def human() -> None:
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for c in checks:
-            colour = {"ok": "green", "note": "yellow", "problem": "red"}[c.level]
-            table.add_row(f"[{colour}]{c.level}[/]", c.name, c.found, c.fix)
-        out.print(table)
+        colour = {"ok": "green", "note": "yellow", "problem": "red"}
+        rows = [(Text(c.level, style=colour[c.level]), c.name, c.found, c.fix) for c in checks]
+        out.print(table(("",) * 4, rows))
 
     reply(checks, json, human)
     return EXIT_FAILED if any(c.level == "problem" for c in checks) else 0

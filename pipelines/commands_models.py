@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from bitdgdm.pipelines.console import out, reply
+from bitdgdm.pipelines.console import out, reply, table
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
@@ -146,12 +146,9 @@ def recipes(json: Json = False) -> int:
     from bitdgdm.quant.recipe import recipes as known
 
     def human() -> None:
-        table = Table(box=None, pad_edge=False)
-        for column in ("recipe", "weights", "activations", "what it does", "source"):
-            table.add_column(column)
-        for r in known():
-            table.add_row(r.name, f"{r.weight_bits} bit", f"{r.act_bits} bit", r.summary, r.source)
-        out.print(table)
+        columns = ("recipe", "weights", "activations", "what it does", "source")
+        rows = [(r.name, f"{r.weight_bits} bit", f"{r.act_bits} bit", r.summary, r.source) for r in known()]
+        out.print(table(columns, rows))
 
     reply(known(), json, human)
     return 0
@@ -174,16 +171,13 @@ def list_models(
                 "Begin with: bitdgdm quantize builtin:digress-qm9 --register digress-qm9 --alias champion"
             )
             return
-        table = Table(box=None, pad_edge=False)
-        for column in ("model", "version", "alias", "kind", "recipe", "bits", "made from", "created"):
-            table.add_column(column)
-        for v in versions:
-            t = v.tags
-            table.add_row(
-                v.name, str(v.version), ", ".join(v.aliases), t.get("kind", ""), t.get("recipe", ""),
-                t.get("bits_per_weight", ""), t.get("source_uri", ""), v.created[:16],
-            )  # fmt: skip
-        out.print(table)
+        columns = ("model", "version", "alias", "recipe", "bits", "made from", "created")
+        rows = [
+            (v.name, str(v.version), ", ".join(v.aliases), v.tags.get("recipe", ""), v.tags.get("bits_per_weight", ""),
+             v.tags.get("source_uri", ""), v.created[:10])
+            for v in versions
+        ]  # fmt: skip
+        out.print(table(columns, rows))
 
     reply(versions, json, human)
     return 0
@@ -218,19 +212,14 @@ def show(
 
 
 def _worst_layers(layers: dict[str, dict[str, Any]], most: int = 8) -> Table:
-    table = Table(
-        box=None, pad_edge=False, title=f"worst {most} of {len(layers)} layers", title_justify="left"
-    )
-    for column in ("layer", "shape", "error", "SQNR dB", "rank", "non-zeros", "bits a weight"):
-        table.add_column(column)
+    columns = ("layer", "shape", "error", "SQNR dB", "rank", "non-zeros", "bits a weight")
     worst = sorted(layers.items(), key=lambda item: -item[1]["relative_error"])[:most]
-    for name, r in worst:
-        rows, columns = r["shape"]
-        table.add_row(
-            name, f"{rows} x {columns}", f"{100 * r['relative_error']:.2f} %", "-" if r["sqnr_db"] is None else f"{r['sqnr_db']:.1f}",
-            str(r["rank"]), str(r["nnz"]), f"{r['bits_per_weight']:.2f}",
-        )  # fmt: skip
-    return table
+    rows = [
+        (name, "{} x {}".format(*r["shape"]), f"{100 * r['relative_error']:.2f} %",
+         "-" if r["sqnr_db"] is None else f"{r['sqnr_db']:.1f}", str(r["rank"]), str(r["nnz"]), f"{r['bits_per_weight']:.2f}")
+        for name, r in worst
+    ]  # fmt: skip
+    return table(columns, rows, title=f"worst {len(rows)} of {len(layers)} layers")
 
 
 @models.command("pull")

@@ -11,11 +11,13 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from bitdgdm.infra.errors import BitDGDMError
 from bitdgdm.infra.log import configure
@@ -23,9 +25,12 @@ from bitdgdm.infra.log import configure
 # Libraries and worker processes print what they like to file descriptor 1: results keep the real stdout for
 # themselves and everything else goes to stderr.
 _stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-out = Console(file=_stdout, highlight=False, soft_wrap=True)
+# a pipe has no width: there a row of a table stays one line, for grep and cut
+out = Console(
+    file=_stdout, highlight=False, markup=False, soft_wrap=True, width=None if _stdout.isatty() else 500
+)
 log = logging.getLogger("bitdgdm")
-EXIT_INTERRUPTED = 130
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 # Typer brings its own copy of click in newer versions: take the base class of usage errors from Typer itself.
 _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -41,6 +46,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, str | int | float | bool) or value is None:
         return value
     return str(value)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str | None = None) -> Table:
+    """Return a plain table for `out`; a name that is too long for the terminal goes on in the next line, whole."""
+    made = Table(box=None, pad_edge=False, show_header=any(columns), title=title, title_justify="left")
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def reply(document: Any, as_json: bool, human: Callable[[], None]) -> None:
@@ -65,13 +80,15 @@ def run(app: typer.Typer) -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = typer.main.get_command(app)(standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # Typer makes this code of a KeyboardInterrupt, and says nothing
+            raise KeyboardInterrupt
     except BitDGDMError as e:
         code = _refuse(str(e), type(e).__name__, e.exit_code, as_json)
     except typer.Abort:
         code = _refuse("stopped", "Interrupted", EXIT_INTERRUPTED, as_json)
     except _UsageError as e:
         usage = f" ({e.ctx.command_path} --help shows the options)" if getattr(e, "ctx", None) else ""
-        code = _refuse(e.format_message() + usage, "UsageError", 2, as_json)
+        code = _refuse(e.format_message() + usage, "UsageError", EXIT_BAD_INPUT, as_json)
     except KeyboardInterrupt:
         code = _refuse(
             "stopped; committed work is safe, the same command continues it",
@@ -81,13 +98,31 @@ def run(app: typer.Typer) -> None:
         )
     except BrokenPipeError:  # the reader of our stdout went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), _stdout.fileno())
-        code = 1
+        code = EXIT_FAILED
+    except OSError as e:
+        if e.filename is None:
+            _fail(e, as_json)
+            raise
+        place = f"{e.filename} can't be used: {e.strerror}. Give a file or folder that you may read and write"
+        code = _refuse(place, type(e).__name__, EXIT_BAD_INPUT, as_json)
+    except Exception as e:  # our mistake: a person gets the traceback, a program still gets its document
+        _fail(e, as_json)
+        raise
     sys.exit(code or 0)
+
+
+def _fail(error: Exception, as_json: bool) -> None:
+    if as_json:
+        _write_error(f"{type(error).__name__}: {error}", type(error).__name__, EXIT_FAILED)
 
 
 def _refuse(message: str, kind: str, code: int, as_json: bool) -> int:
     if as_json:
-        document = {"error": {"type": kind, "message": message, "exit_code": code}}
-        _stdout.write(json.dumps(document, indent=1) + "\n")
+        _write_error(message, kind, code)
     sys.stderr.write(f"bitdgdm: {message}\n")
     return code
+
+
+def _write_error(message: str, kind: str, code: int) -> None:
+    document = {"error": {"type": kind, "message": message, "exit_code": code}}
+    _stdout.write(json.dumps(document, indent=1) + "\n")
