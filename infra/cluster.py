@@ -22,6 +22,16 @@ from bitdgdm.infra.errors import ClusterUnavailable
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LOCAL_OBJECT_STORE_BYTES = 512 * 2**20  # unit descriptors and the weights of one model
+
+# Ray reads these when it is imported, so they are set when this module is, which everything that imports Ray imports
+# first; the user's settings win. Ray's name for "listen beyond loopback" is the second: without it everybody in the
+# network could run code on this machine.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if os.environ.get("RAY_ADDRESS") in (None, "", "local"):
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no other machine can reach a loopback cluster
+# else a thread that still asks for results after `disconnect` starts a cluster of its own
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 _NOT_SHIPPED = [".git", ".venv", "tests", "benchmarks", "docs", "shared", "**/__pycache__"]
 
 
@@ -43,16 +53,15 @@ def connect(address: str | None = None, cpus: int | None = None) -> Cluster:
     """
     address = address or os.environ.get("RAY_ADDRESS")
     local = address in (None, "", "local")
-    if local:
-        _prepare_local()
-    else:
+    if not local:
         _check_answers(str(address))
     import ray
 
     if not ray.is_initialized():
         options = _local_options(cpus or _cores()) if local else _remote_options(str(address))
         try:
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+            with _silent_start():
+                ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
             raise ClusterUnavailable(
                 address or "this machine", " ".join(str(error).split())[:300].rstrip(".")
@@ -69,14 +78,6 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
-
-
-def _prepare_local() -> None:
-    """What Ray reads from the environment when it is imported; the user's settings win."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no other machine can reach a loopback cluster
-    # Ray's name for "listen beyond loopback"
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 @contextmanager
