@@ -5,11 +5,16 @@ campaign, unit, attempt and node that a call gave in `extra`.
 Knows nothing of: what is logged, other packages' loggers.
 """
 
+import functools
 import json
 import logging
 import os
 import sys
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ROOT = "bitdgdm"
 _CONTEXT = ("campaign", "node", "attempt", "unit")  # unit last: Ray folds lines that differ at the end only
@@ -57,10 +62,15 @@ def _json_handler() -> logging.Handler:
     return handler
 
 
-def _terminal_handler() -> logging.Handler:
+@functools.cache
+def terminal() -> "Console":
+    """Return the console of stderr; whoever draws on it, such as a progress bar, makes room for log lines."""
     from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _terminal_handler() -> logging.Handler:
     from rich.logging import RichHandler
 
-    return RichHandler(
-        console=Console(stderr=True), show_path=False, log_time_format="[%X]", rich_tracebacks=True
-    )
+    return RichHandler(console=terminal(), show_path=False, log_time_format="[%X]", rich_tracebacks=True)

@@ -9,7 +9,6 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from bitdgdm.infra.log import terminal
 
 log = logging.getLogger("bitdgdm.progress")
 LOG_EVERY_S = 30.0
@@ -36,8 +37,8 @@ class _Rate(ProgressColumn):
         self._unit, self._start = unit, start
 
     def render(self, task: Task) -> Text:
-        if not task.elapsed:
-            return Text("")
+        if not task.elapsed or task.completed == self._start:
+            return Text("starting")
         return Text(rate_text((task.completed - self._start) / task.elapsed, self._unit))
 
 
@@ -52,7 +53,7 @@ class ProgressBar:
         if sys.stderr.isatty() and not quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), _Rate(unit, done),
-                TimeRemainingColumn(elapsed_when_finished=True), console=Console(stderr=True), speed_estimate_period=600,
+                TimeRemainingColumn(elapsed_when_finished=True), console=terminal(), speed_estimate_period=600,
             )  # fmt: skip
             self._task = self._bar.add_task(title, total=int(total), completed=int(done))
 
