@@ -260,6 +260,30 @@ class LayerFailed(BitDGDMError):
         )
 
 
+# -- kernels ------------------------------------------------------------------------------------------------
+
+
+class KernelsUnavailable(BitDGDMError):
+    """Our CUDA kernels were asked for by name and can't run this model on this machine."""
+
+    def __init__(
+        self, reason: str, fix: str = "Use --engine torch, or see what is missing with: bitdgdm doctor"
+    ) -> None:
+        self.reason, self.fix = reason, fix
+        super().__init__(f"our CUDA kernels can't be used: {reason}. {fix}")
+
+
+class DeviceMemoryFull(BitDGDMError):
+    """The GPU has no room for a batch; `fits` graphs would be about as many as it has room for."""
+
+    def __init__(self, device: str, wanted: int, fits: int) -> None:
+        self.device, self.wanted, self.fits = device, wanted, fits
+        super().__init__(
+            f"{device} has no memory left for {wanted} molecules at a time; about {fits} fit. "
+            f"Use --micro-batch {max(1, fits)}, or free the GPU"
+        )
+
+
 # -- cluster ------------------------------------------------------------------------------------------------
 
 

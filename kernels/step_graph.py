@@ -4,11 +4,15 @@ Guarantees: the same bytes as uncaptured launches; on a Launcher without streams
 Knows nothing of: what a step does; where its first classes come from.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from bitdgdm.kernels.denoise import Denoiser, attend_steps
 from bitdgdm.kernels.launch import Device
 from bitdgdm.kernels.network import Shape
+
+AHEAD = 25  # steps between two looks at the device, which always has as many queued
 
 
 def open_device(shape: Shape, index: int = 0) -> Device:
@@ -18,34 +22,56 @@ def open_device(shape: Shape, index: int = 0) -> Device:
     return device
 
 
+def step(batch: Denoiser) -> None:
+    """Queue one step of the batch."""
+    batch.forward()
+    batch.draw()
+
+
 def warm_up(batch: Denoiser) -> None:
     """Run a step and forget it: compiles and loads every kernel, which a capture must not do."""
     kept = [t.clone() for t in (batch.x, batch.e, batch.step, batch.not_finite)]
-    batch.forward()
-    batch.draw()
+    step(batch)
     for tensor, before in zip((batch.x, batch.e, batch.step, batch.not_finite), kept, strict=True):
         tensor.copy_(before)
 
 
-def denoise(batch: Denoiser, steps: int, *, capture: bool = True) -> None:
-    """Run `steps` steps from the state that the batch is in; its x and e are the result. Doesn't wait for the device."""
+def denoise(
+    batch: Denoiser, steps: int, *, capture: bool = True, on_step: Callable[[int], object] | None = None
+) -> None:
+    """Run `steps` steps from the state that the batch is in; its x and e are the result. Doesn't wait for the end.
+
+    on_step is told how many steps are queued; at most 2 * AHEAD of them still wait for the device.
+    """
     device = batch.launcher
     if not isinstance(device, Device):
-        for _ in range(steps):
-            batch.forward()
-            batch.draw()
+        _repeat(lambda: step(batch), steps, on_step, None)
         return
     with device.stream() as stream:
         if not capture:
-            for _ in range(steps):
-                batch.forward()
-                batch.draw()
+            _repeat(lambda: step(batch), steps, on_step, stream)
             return
         warm_up(batch)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            batch.forward()
-            batch.draw()
-        for _ in range(steps):
-            graph.replay()
+            step(batch)
+        _repeat(graph.replay, steps, on_step, stream)
         batch.graph = graph  # alive until the last replay is over
+
+
+def _repeat(
+    one: Callable[[], object],
+    steps: int,
+    on_step: Callable[[int], object] | None,
+    stream: torch.cuda.Stream | None,
+) -> None:
+    passed: torch.cuda.Event | None = None
+    for k in range(1, steps + 1):
+        one()
+        if on_step is not None:
+            on_step(k)
+        if stream is not None and k % AHEAD == 0:  # a bounded queue: progress is true, a signal is heard
+            if passed is not None:
+                passed.synchronize()
+            passed = torch.cuda.Event(blocking=True)
+            passed.record(stream)

@@ -1,52 +1,48 @@
-"""The seam where a network meets the hardware: noisy graphs in, logits of the clean graphs out.
+"""The engines: a network of a file on a device, by PyTorch or by our kernels.
 
-Guarantees: an engine is a pure function of (X, E, t, mask) on one device, without host synchronisation; on a
-CPU it computes on exactly one thread, because a matrix product's result depends on the number of threads.
+Guarantees: which engine, device and precision run is decided by `choose_engine` alone, from the request, the model
+and this machine; what was asked for by name is never replaced by something else. On a CPU an engine computes on
+exactly one thread, because a matrix product's result depends on the number of threads.
 Knows nothing of: noise schedules, random numbers, molecules, campaigns.
 
-The sampler sees the Protocol `Engine` only. A kernel engine is another class with these members, returned by
-`load_engine` for the (recipe, architecture) pairs that it supports; it must also be independent of a graph's
-companions for a fixed batch shape, keep n_pad, and take node_mask as it is (rows of real nodes come first).
+The sampler sees the protocols of seam.py only.
 """
 
+import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bitdgdm.infra.errors import ArtifactCorrupt, BadInput
+from bitdgdm.infra.errors import ArtifactCorrupt, BadInput, KernelsUnavailable
 from bitdgdm.models.digress import GraphTransformer, build
 from bitdgdm.models.digress_config import DigressConfig
 from bitdgdm.models.features import network_input
+from bitdgdm.models.kernel_engine import KernelEngine, refusal
+from bitdgdm.models.seam import Engine
 from bitdgdm.models.source import BUILTIN_PREFIX, SourceModel, is_source_file, load_source
 from bitdgdm.quant.artifact import apply, load_artifact
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Engine(Protocol):
-    """What the sampler needs of a network on a device.
+ENGINES = ("auto", "torch", "kernels")
+log = logging.getLogger("bitdgdm.engine")
 
-    name: model and recipe, for messages. dtype: of the matrix products that aren't quantized.
-    """
 
-    name: str
-    config: DigressConfig
-    device: torch.device
-    dtype: torch.dtype
+@dataclass(frozen=True)
+class Choice:
+    """What will run. reason: why it isn't the kernels though they were not ruled out, or "" ."""
 
-    def logits(self, X: Tensor, E: Tensor, t: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return float32[B, n_pad, node classes] and float32[B, n_pad, n_pad, edge classes], E symmetric.
-
-        X: float32[B, n_pad, node classes] and E: float32[B, n_pad, n_pad, edge classes], one-hot, 0 where
-        padded. t: int64[B], 1..T. node_mask: bool[B, n_pad], True for real nodes, which come first.
-        """
-        ...
+    device: str
+    precision: str
+    engine: str
+    reason: str = ""
 
 
 class TorchEngine:
@@ -76,41 +72,101 @@ class TorchEngine:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
+@dataclass(frozen=True)
+class _Opened:
+    network: nn.Module
+    config: DigressConfig
+    name: str
+
+
 def load_engine(
     model: str | Path | SourceModel,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
     digest: str | None = None,
+    engine: str = "auto",
 ) -> Engine:
     """Return the engine of a source model or of a quantized artifact.
 
-    model: a SourceModel, "builtin:...", or the path of either kind of file.
-    device: "auto" (CUDA when there is one), "cpu" or "cuda". precision: "fp32" or "bf16" (CUDA only).
-    digest: when given, the model must have it.
-    Raises: BadInput for a device or precision that isn't there; ArtifactCorrupt for another digest; what
-    `load_source` and `load_artifact` raise.
+    model: a SourceModel, "builtin:...", or the path of either kind of file. device, precision, engine: see
+    `choose_engine`. digest: when given, the model must have it.
+    Raises: what `choose_engine` raises.
     """
+    opened = _open(model, digest)
+    choice = _choose(opened, device, precision, engine)
+    if choice.device == "cuda":
+        log.info("%s", describe(choice, opened.name))
+    if choice.engine == "kernels":
+        return KernelEngine(opened.network, opened.config, opened.name)
+    return TorchEngine(
+        opened.network, opened.config, choice.device, PRECISIONS[choice.precision], opened.name
+    )
+
+
+def choose_engine(
+    model: str | Path | SourceModel,
+    device: str = "auto",
+    precision: str = "auto",
+    engine: str = "auto",
+    digest: str | None = None,
+) -> Choice:
+    """Open a model, build its network, and say what would run it here.
+
+    device: "auto" (CUDA when there is one), "cpu" or "cuda". engine: "kernels", "torch", or "auto": the kernels
+    where they can run the model on this GPU, else PyTorch. precision of what isn't quantized: "fp32", "bf16" (CUDA
+    only) or "auto": bf16 with the kernels, which know no other, else fp32.
+    Raises: BadInput for a device, precision or engine that isn't there; KernelsUnavailable if they were asked for;
+    ArtifactCorrupt for another digest; what `load_source` and `load_artifact` raise.
+    """
+    return _choose(_open(model, digest), device, precision, engine)
+
+
+def describe(choice: Choice, name: str) -> str:
+    """Return one line for people."""
+    where = hardware_name(choice.device)
+    by = "our CUDA kernels" if choice.engine == "kernels" else "PyTorch"
+    return f"{name}: {by} in {choice.precision} on {where}" + (f" ({choice.reason})" if choice.reason else "")
+
+
+def _choose(opened: _Opened, device: str, precision: str, engine: str) -> Choice:
     kind = resolve_device(device)
-    if precision not in PRECISIONS or (precision == "bf16" and kind == "cpu"):
+    if engine not in ENGINES:
+        raise BadInput(f"there is no engine {engine!r}. Use {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
+    if precision not in ("auto", *PRECISIONS) or (precision == "bf16" and kind == "cpu"):
         raise BadInput(f"precision {precision!r} is not there on {kind}. Use fp32 (or bf16 on a GPU)")
-    network, config, name, found = _open(model)
-    if digest is not None and digest != found:
-        raise ArtifactCorrupt(str(model), f"its digest is {found}, the campaign names {digest}")
-    return TorchEngine(network, config, kind, PRECISIONS[precision], name)
+    plain = "fp32" if precision == "auto" else precision
+    if kind == "cpu" or engine == "torch":
+        if engine == "kernels":
+            raise KernelsUnavailable("they run on a GPU and the device is the CPU", "Use --engine torch")
+        return Choice(kind, plain, "torch")
+    reason = (
+        "precision fp32 was asked for, the kernels compute in bf16"
+        if precision == "fp32"
+        else refusal(opened.network, opened.config)
+    )
+    if not reason:
+        return Choice(kind, "bf16", "kernels")
+    if engine == "kernels":
+        raise KernelsUnavailable(reason)
+    return Choice(kind, plain, "torch", f"not our kernels: {reason}")
 
 
-def _open(model: str | Path | SourceModel) -> tuple[nn.Module, DigressConfig, str, str]:
-    """Return (network, config, name, digest)."""
+def _open(model: str | Path | SourceModel, digest: str | None) -> _Opened:
     if not isinstance(model, SourceModel):
         name = str(model)
         if name.startswith(BUILTIN_PREFIX) or is_source_file(Path(name)):
             model = load_source(name)
     if isinstance(model, SourceModel):
-        return build(model.config, model.weights, model.name), model.config, model.name, model.digest
-    artifact = load_artifact(model)
-    config = DigressConfig.from_dict(artifact.header.model_config)
-    name = f"{artifact.header.source.get('name', config.dataset)} {artifact.header.recipe.name}"
-    return apply(GraphTransformer(config), artifact), config, name, artifact.digest
+        opened = _Opened(build(model.config, model.weights, model.name), model.config, model.name)
+        found = model.digest
+    else:
+        artifact = load_artifact(model)
+        config = DigressConfig.from_dict(artifact.header.model_config)
+        name = f"{artifact.header.source.get('name', config.dataset)} {artifact.header.recipe.name}"
+        opened, found = _Opened(apply(GraphTransformer(config), artifact), config, name), artifact.digest
+    if digest is not None and digest != found:
+        raise ArtifactCorrupt(str(model), f"its digest is {found}, the campaign names {digest}")
+    return opened
 
 
 def resolve_device(device: str) -> str:

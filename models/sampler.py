@@ -2,8 +2,9 @@
 
 Guarantees (law L1): graph i is a function of (engine, seed, i, number of steps, micro-batch size) only. The
 network always sees one whole micro-batch of a fixed shape, aligned to absolute ids: graph i sits in slot
-i mod size, and ids that nobody asked for are computed as companions and dropped. Inside the step loop there
-is no host synchronisation.
+i mod size, and ids that nobody asked for are computed as companions and dropped. An engine that runs the whole
+loop (LoopEngine) is independent of companions by itself: it gets the ids asked for, and the micro-batch size only
+bounds its memory. Inside the step loop there is no host synchronisation.
 Knows nothing of: which network or hardware the engine is, chemistry, units, files.
 
 A draw for the state at time s is keyed by step s; the node count and z_T are keyed by step T.
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from bitdgdm.infra.errors import LogitsNotFinite
 from bitdgdm.models.digress_config import DigressConfig
-from bitdgdm.models.engine import Engine, one_thread
+from bitdgdm.models.engine import one_thread
 from bitdgdm.models.noise import cosine_schedule, posterior, posterior_table, steps
 from bitdgdm.models.philox import count_slot, edge_slots, node_slots, philox
+from bitdgdm.models.seam import Chain, Engine, LoopEngine
 
 
 @dataclass(frozen=True)
@@ -114,44 +116,57 @@ def sample_micro_batch(
     """Return the graphs first_id .. first_id + size - 1, one call of the network a step.
 
     on_step is told the number of steps that were queued (on CUDA they may still run).
-    Raises: ValueError if first_id is no multiple of size; LogitsNotFinite.
+    Raises: ValueError if first_id is no multiple of size (any will do for a LoopEngine); LogitsNotFinite.
     """
-    if first_id < 0 or first_id % size:
+    if first_id < 0 or (first_id % size and not isinstance(engine, LoopEngine)):
         raise ValueError(f"a micro-batch of {size} starts at a multiple of {size}, not at {first_id}")
     with torch.inference_mode(), one_thread(engine.device):
-        return _denoise(engine, config, seed, first_id, size, n_steps, on_step)
+        plan = _plan(config, n_steps, engine.device)
+        chain = _start(config, plan, seed, torch.arange(first_id, first_id + size, device=engine.device))
+        if isinstance(engine, LoopEngine):
+            x, e, finite = engine.denoise(chain, on_step)
+        else:
+            x, e, finite = _steps(engine, plan, chain, on_step)
+        if not finite:
+            raise LogitsNotFinite(engine.name, first_id, size)
+        return Graphs(chain.n.cpu(), x.to(torch.int8).cpu(), e.to(torch.int8).cpu())
 
 
-def _denoise(
-    engine: Engine,
-    config: DigressConfig,
-    seed: int,
-    first_id: int,
-    size: int,
-    n_steps: int,
-    on_step: Callable[[int], object] | None,
-) -> Graphs:
-    device, n_pad, start = engine.device, config.n_pad, config.diffusion_steps
-    plan = _plan(config, n_steps, device)
-    ids = torch.arange(first_id, first_id + size, device=device)
-    node_classes = torch.eye(len(config.node_marginals), device=device)
-    edge_classes = torch.eye(len(config.edge_marginals), device=device)
+def _masks(n: Tensor, n_pad: int) -> tuple[Tensor, Tensor]:
+    """bool[B, n_pad] of real nodes and bool[B, n_pad, n_pad] of real pairs."""
+    mask = torch.arange(n_pad, device=n.device) < n[:, None]
+    return mask, mask[:, :, None] & mask[:, None, :]
 
-    count_key = torch.tensor(count_slot(n_pad), device=device)
+
+def _square(edges: Tensor, plan: _Plan, pair_mask: Tensor) -> Tensor:
+    """int64[B, n_pad, n_pad], symmetric and masked, of the upper triangle's int64[B, edges]."""
+    full = torch.zeros_like(pair_mask, dtype=torch.int64)
+    full[:, plan.rows, plan.cols] = edges
+    full[:, plan.cols, plan.rows] = edges
+    return full * pair_mask
+
+
+def _start(config: DigressConfig, plan: _Plan, seed: int, ids: Tensor) -> Chain:
+    """Draw the node counts and z_T."""
+    n_pad, start = config.n_pad, config.diffusion_steps
+    count_key = torch.tensor(count_slot(n_pad), device=ids.device)
     n = draw(plan.node_counts, philox(seed, ids, start, count_key))
-    mask = torch.arange(n_pad, device=device) < n[:, None]
-    pair_mask = mask[:, :, None] & mask[:, None, :]
-    off_diagonal = ~torch.eye(n_pad, dtype=torch.bool, device=device)
-
-    def square(edges: Tensor) -> Tensor:
-        full = torch.zeros(size, n_pad, n_pad, dtype=torch.int64, device=device)
-        full[:, plan.rows, plan.cols] = edges
-        full[:, plan.cols, plan.rows] = edges
-        return full * pair_mask
-
+    mask, pair_mask = _masks(n, n_pad)
     u = philox(seed, ids[:, None], start, plan.slots)
     x = draw(plan.node_noise, u[:, :n_pad]) * mask
-    e = square(draw(plan.edge_noise, u[:, n_pad:]))
+    e = _square(draw(plan.edge_noise, u[:, n_pad:]), plan, pair_mask)
+    return Chain(seed, ids, n, x, e, plan.times, plan.node_tables, plan.edge_tables)
+
+
+def _steps(
+    engine: Engine, plan: _Plan, chain: Chain, on_step: Callable[[int], object] | None
+) -> tuple[Tensor, Tensor, bool]:
+    """What `LoopEngine.denoise` promises, for an engine that only knows logits."""
+    device, x, e, n_pad = engine.device, chain.x, chain.e, chain.x.shape[1]
+    node_classes = torch.eye(plan.node_tables.shape[1], device=device)
+    edge_classes = torch.eye(plan.edge_tables.shape[1], device=device)
+    mask, pair_mask = _masks(chain.n, n_pad)
+    off_diagonal = ~torch.eye(n_pad, dtype=torch.bool, device=device)
     seen_pairs = pair_mask & off_diagonal  # z_T has no class on the diagonal; every later state has class 0
     finite = torch.ones((), dtype=torch.bool, device=device)
 
@@ -159,23 +174,20 @@ def _denoise(
         logits_x, logits_e = engine.logits(
             node_classes[x] * mask[..., None],
             edge_classes[e] * seen_pairs[..., None],
-            plan.times_on_device[k].expand(size),
+            plan.times_on_device[k].expand(len(x)),
             mask,
         )
-        u = philox(seed, ids[:, None], s, plan.slots)
+        u = philox(chain.seed, chain.ids[:, None], s, plan.slots)
         p_x = posterior(logits_x.softmax(-1), x, plan.node_tables[k])
         upper = e[:, plan.rows, plan.cols]
         p_e = posterior(logits_e[:, plan.rows, plan.cols].softmax(-1), upper, plan.edge_tables[k])
         finite = finite & p_x.isfinite().all() & p_e.isfinite().all()
         x = draw(p_x, u[:, :n_pad]) * mask
-        e = square(draw(p_e, u[:, n_pad:]))
+        e = _square(draw(p_e, u[:, n_pad:]), plan, pair_mask)
         seen_pairs = pair_mask
         if on_step is not None:
             on_step(k + 1)
-
-    if not bool(finite):
-        raise LogitsNotFinite(engine.name, first_id, size)
-    return Graphs(n.cpu(), x.to(torch.int8).cpu(), e.to(torch.int8).cpu())
+    return x, e, bool(finite)
 
 
 def sample_batches(
@@ -196,14 +208,16 @@ def sample_batches(
     if first_id < 0 or count < 1 or micro_batch < 1:
         raise ValueError(f"no samples: first_id {first_id}, count {count}, micro_batch {micro_batch}")
     stop = first_id + count
-    starts = range(first_id - first_id % micro_batch, stop, micro_batch)
+    alone = isinstance(engine, LoopEngine)  # it needs no companions
+    starts = range(first_id if alone else first_id - first_id % micro_batch, stop, micro_batch)
     for done, start in enumerate(starts):
 
         def on_step(step: int, done: int = done) -> None:
             if on_progress is not None:
                 on_progress((done * n_steps + step) / (len(starts) * n_steps))
 
-        graphs = sample_micro_batch(engine, config, seed, start, micro_batch, n_steps, on_step)
+        size = min(stop - start, micro_batch) if alone else micro_batch
+        graphs = sample_micro_batch(engine, config, seed, start, size, n_steps, on_step)
         asked = slice(max(first_id - start, 0), min(stop - start, micro_batch))
         yield start + asked.start, graphs[asked]
 

@@ -31,11 +31,17 @@ def generate(
     resume: Annotated[str | None, typer.Option(metavar="URL", help="Continue the campaign at URL.")] = None,
     unit_size: Annotated[int | None, typer.Option(help="Molecules a shard. [default: from count]")] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Molecules a network call. [default: 64 on CPU, 1024 on GPU]")
+        int | None,
+        typer.Option(help="Molecules a network call. [default: 64 on CPU, 1024 on GPU, 8192 with the kernels]"),
     ] = None,
     first_id: Annotated[int | None, typer.Option(help="Id of the first sample. [default: 0]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16. [default: fp32]")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="torch, kernels (our CUDA kernels) or auto. [default: auto]")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or auto: bf16 with the kernels. [default: auto]")
+    ] = None,
     novelty: Annotated[
         str | None, typer.Option(help="Known molecules: builtin:qm9, a file, or none. [default: builtin:qm9]")
     ] = None,
@@ -65,8 +71,8 @@ def generate(
     """
     flags: dict[str, Any] = {
         "model": model, "count": count, "seed": seed, "out": out_url, "steps": steps, "unit_size": unit_size,
-        "micro_batch": micro_batch, "first_id": first_id, "device": device, "precision": precision, "novelty": novelty,
-        "score": score, "alerts": alerts, "workers": workers, "gpus_per_worker": gpus_per_worker,
+        "micro_batch": micro_batch, "first_id": first_id, "device": device, "engine": engine, "precision": precision,
+        "novelty": novelty, "score": score, "alerts": alerts, "workers": workers, "gpus_per_worker": gpus_per_worker,
         "max_attempts": max_attempts, "executor": executor,
     }  # fmt: skip
     given = {key: value for key, value in flags.items() if value is not None}

@@ -24,8 +24,9 @@ from bitdgdm.infra.commit import (
     read_commits,
     read_quarantine,
 )
-from bitdgdm.infra.errors import BitDGDMError, CampaignStuck, WorkersFailed
+from bitdgdm.infra.errors import CampaignStuck, WorkersFailed
 from bitdgdm.infra.storage import Store
+from bitdgdm.infra.version import code_version
 from bitdgdm.pipelines.campaign import Campaign, model_key, reference_key
 from bitdgdm.pipelines.plan import Unit, plan_units
 from bitdgdm.pipelines.progress import ProgressBar
@@ -63,6 +64,8 @@ def run_campaign(campaign: Campaign, store: Store, *, quiet: bool = False) -> Ou
     Raises: CampaignStuck, WorkersFailed; units that failed are reported in the outcome, not raised.
     """
     started = time.monotonic()
+    if campaign.code_version != code_version():
+        log.warning("started by code %s, continued by %s: same data if both compute alike", campaign.code_version, code_version())
     clear_quarantine(store)
     done = read_commits(store)
     missing = [u for u in _plan(campaign) if u.unit not in done]
@@ -103,7 +106,7 @@ def unit_job(campaign: Campaign, score_processes: int = 0) -> UnitJob:
     return UnitJob(
         out=spec.out, model_key=model_key(campaign.model["digest"]), fingerprint=campaign.fingerprint,
         model=campaign.model, seed=spec.seed, steps=spec.steps, micro_batch=spec.micro_batch, device=spec.device,
-        precision=spec.precision, reference_key=reference_key(known) if known else None,
+        precision=spec.precision, engine=spec.engine, reference_key=reference_key(known) if known else None,
         reference_name=spec.novelty, score=spec.score, alerts=spec.alerts,
         max_attempts=spec.max_attempts, score_processes=score_processes,
     )  # fmt: skip
@@ -154,7 +157,7 @@ def _run_ray(campaign: Campaign, store: Store, missing: Sequence[Unit], progress
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             BoardedUnitWorker, fn_constructor_kwargs={"job": unit_job(campaign, processes), "board": board},
             batch_size=1, compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
-            max_restarts=20, max_task_retries=20, **shape,
+            max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, **shape,
         )  # fmt: skip
         sizes = {u.unit: u.count for u in missing}
         _watch(campaign, results, board, sizes, progress)
@@ -174,8 +177,6 @@ def _quiet_ray_data() -> None:
 
 def _watch(campaign: Campaign, results: Any, board: Any, sizes: dict[int, int], progress: Progress) -> None:
     """Consume outcomes as they come; show progress; give up when nothing moves for STUCK_AFTER_S."""
-    import ray
-
     arrived: queue.Queue[Any] = queue.Queue()
     end = object()
 
@@ -184,7 +185,7 @@ def _watch(campaign: Campaign, results: Any, board: Any, sizes: dict[int, int], 
             for row in results.iter_rows():
                 arrived.put(row)
             arrived.put(end)
-        except (ray.exceptions.RayError, BitDGDMError, OSError, RuntimeError) as e:
+        except Exception as e:  # the end of this thread: what isn't handed over would look like a stuck campaign
             arrived.put(e)
 
     threading.Thread(target=consume, daemon=True, name="outcomes").start()

@@ -195,7 +195,7 @@ def lineage(
         ]),
         ("Sampling", [
             ("seed", spec.seed), ("sample ids", f"{spec.first_id:,} to {last:,}"), ("denoising steps", spec.steps),
-            ("precision", spec.precision), ("device", spec.device), ("micro-batch", f"{spec.micro_batch} molecules"),
+            ("engine", spec.engine), ("precision", spec.precision), ("device", spec.device), ("micro-batch", f"{spec.micro_batch} molecules"),
             ("unit", f"{spec.unit_size} molecules a shard"), ("ranked by", spec.score), ("known molecules", spec.novelty),
             ("their digest", identity.get("novelty_digest")),
         ]),
@@ -224,8 +224,8 @@ def reproduce(campaign: Campaign, sample_id: int) -> str:
     spec = campaign.spec
     command = [
         "bitdgdm", "generate", "--model", spec.model, "--seed", spec.seed, "--steps", spec.steps, "--first-id", sample_id,
-        "--count", 1, "--micro-batch", spec.micro_batch, "--device", spec.device, "--precision", spec.precision,
-        "--novelty", spec.novelty or "none", "--score", spec.score, *([] if spec.alerts else ["--no-alerts"]),
+        "--count", 1, "--micro-batch", spec.micro_batch, "--device", spec.device, "--engine", spec.engine,
+        "--precision", spec.precision, "--novelty", spec.novelty or "none", "--score", spec.score, *([] if spec.alerts else ["--no-alerts"]),
         "--out", f"sample-{sample_id}",
     ]  # fmt: skip
     return shlex.join(map(str, command))

@@ -21,7 +21,7 @@ MAX_SEED = 2**64 - 1
 class CampaignSpec(BaseModel):
     """One generation campaign.
 
-    The samples are a function of model, seed, first_id, count, steps, micro_batch, precision and device kind;
+    The samples are a function of model, seed, first_id, count, steps, micro_batch, device kind, engine and precision;
     unit_size cuts them into shards; score, novelty and alerts decide the columns. Everything else is about speed.
     """
 
@@ -39,11 +39,19 @@ class CampaignSpec(BaseModel):
         None, gt=0, le=2**20, description="molecules in a shard; chosen from count when left out"
     )
     micro_batch: int | None = Field(
-        None, gt=0, le=65536, description="molecules in one network call; 64 on CPU, 1024 on GPU"
+        None,
+        gt=0,
+        le=65536,
+        description="molecules in one network call; 64 on CPU, 1024 on GPU, 8192 with the kernels",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the network runs")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="arithmetic of the parts that are not quantized"
+    engine: Literal["auto", "torch", "kernels"] = Field(
+        "auto",
+        description="PyTorch, or our CUDA kernels; auto takes the kernels where they can run the model",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="arithmetic of the parts that are not quantized; auto is bf16 with the kernels, else fp32",
     )
     novelty: str | None = Field(
         "builtin:qm9", description="reference set of known molecules (builtin:qm9 or a file), or null"
@@ -64,7 +72,7 @@ class CampaignSpec(BaseModel):
 
 # What the bytes of a shard depend on: part of the fingerprint. `out` and the speed knobs are not.
 IDENTITY = (
-    "count", "seed", "first_id", "steps", "unit_size", "micro_batch", "device", "precision",
+    "count", "seed", "first_id", "steps", "unit_size", "micro_batch", "device", "engine", "precision",
     "novelty", "score", "alerts",
 )  # fmt: skip
 

@@ -38,7 +38,7 @@ listed here is an error, and so is a value that doesn't fit. This page is made f
 _TAIL = """
 **Same data?** "decides": the shards depend on it, so a campaign can't be resumed under another value. "speed": it
 changes how fast the rows are made and where, never what they say; it may differ at each resume. The defaults of `steps`,
-`unit_size`, `micro_batch` and `device` are filled in once, at submit, and kept in `campaign.json`.
+`unit_size`, `micro_batch`, `device`, `engine` and `precision` are filled in once, at submit, and kept in `campaign.json`.
 
 The rows also depend on the versions of bitdgdm, torch, RDKit and pyarrow and on the kind of hardware; see
 [formats.md](formats.md). An alias such as `@champion` is resolved once, at submit.

@@ -5,6 +5,7 @@ continued under another fingerprint, and the fingerprint covers everything that 
 Knows nothing of: Ray, progress, sampling.
 """
 
+import logging
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +14,7 @@ from bitdgdm.infra.fingerprint import canonical_json, fingerprint
 from bitdgdm.infra.provenance import provenance
 from bitdgdm.infra.storage import Store, open_store, probe_create_only
 from bitdgdm.infra.version import VERSION, code_version
-from bitdgdm.models.engine import load_engine, resolve_device
+from bitdgdm.models.engine import choose_engine, describe
 from bitdgdm.models.novelty import ReferenceSet, load_reference
 from bitdgdm.models.summary import NUMERIC_COLUMNS
 from bitdgdm.pipelines.campaign import (
@@ -29,30 +30,35 @@ from bitdgdm.pipelines.model_files import ModelFile, open_model
 from bitdgdm.pipelines.plan import default_unit_size
 from bitdgdm.pipelines.spec import IDENTITY, CampaignSpec, make_spec
 
+log = logging.getLogger("bitdgdm.submit")
+_MICRO_BATCH = {("cpu", "torch"): 64, ("cuda", "torch"): 1024, ("cuda", "kernels"): 8192}
 _WRITERS = ("pyarrow", "rdkit", "torch")  # their versions reach the bytes of a shard
 
 
 def resolve_spec(spec: CampaignSpec, model: ModelFile) -> CampaignSpec:
     """Return `spec` with the defaults that depend on the model and the device filled in.
 
-    Raises: SpecInvalid (more steps than the model has, an unknown score column).
+    The model's network is built once, so a model that can't be is refused here and not by every worker.
+    Raises: SpecInvalid (more steps than the model has, an unknown score column); what `choose_engine` raises.
     """
-    device = resolve_device(spec.device)
     steps = spec.steps or model.config.diffusion_steps
     problems = []
     if steps > model.config.diffusion_steps:
         problems.append(f"steps: {model.name} has {model.config.diffusion_steps} steps, got {steps}")
     if spec.score not in NUMERIC_COLUMNS:
         problems.append(f"score: {spec.score!r} is none of {', '.join(NUMERIC_COLUMNS)}")
-    if device == "cpu" and spec.precision == "bf16":
-        problems.append("precision: bf16 needs a GPU, use fp32")
     if problems:
         raise SpecInvalid("the spec", problems)
-    micro_batch = spec.micro_batch or (1024 if device == "cuda" else 64)
+    chosen = choose_engine(model.path, spec.device, spec.precision, spec.engine, model.digest)
+    if chosen.device == "cuda":
+        log.info("%s", describe(chosen, model.name))
+    micro_batch = spec.micro_batch or _MICRO_BATCH[chosen.device, chosen.engine]
     unit_size = spec.unit_size or default_unit_size(spec.count, micro_batch)
     return spec.model_copy(
         update={
-            "device": device,
+            "device": chosen.device,
+            "engine": chosen.engine,
+            "precision": chosen.precision,
             "steps": steps,
             "micro_batch": micro_batch,
             "unit_size": unit_size,
@@ -87,9 +93,6 @@ def open_campaign(spec: CampaignSpec) -> tuple[Campaign, Store]:
     probe_create_only(store)
     model = open_model(spec.model)
     resolved = resolve_spec(spec, model)
-    load_engine(
-        model.path, device="cpu", digest=model.digest
-    )  # a model that can't be built is refused here, not by every worker
     reference = load_reference(resolved.novelty) if resolved.novelty else None
     identity = identity_of(resolved, model, reference)
     mark = fingerprint(identity)

@@ -26,7 +26,7 @@ from bitdgdm.infra.commit import (
     quarantine_unit,
 )
 from bitdgdm.infra.storage import Store, open_store
-from bitdgdm.infra.version import code_version
+from bitdgdm.infra.version import VERSION, code_version
 from bitdgdm.models.digress import DigressConfig
 from bitdgdm.models.engine import Engine, hardware_name, load_engine
 from bitdgdm.models.novelty import ReferenceSet
@@ -35,6 +35,7 @@ from bitdgdm.tasks.score_unit import Scorer, Scoring
 
 log = logging.getLogger("bitdgdm.sample")
 REPORT_EVERY_S = 1.0
+MAX_DEATHS = 5  # of workers at one unit: more than a run of bad luck with spot nodes
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class UnitJob:
     micro_batch: int
     device: str
     precision: str
+    engine: str
     reference_key: str | None
     reference_name: str | None
     score: str
@@ -90,14 +92,14 @@ class UnitWorker:
                     raise  # storage is away: that is not this unit's fault
                 log.exception("attempt %d of %d failed, unit %d", attempt, self._job.max_attempts, unit)
                 error = e
-        quarantine_unit(
-            self._store,
-            Quarantine(
-                unit=unit, attempts=self._job.max_attempts, error=str(error)[:2000],
-                error_type=type(error).__name__, host=socket.gethostname(),
-            ),
-        )  # fmt: skip
-        return self._outcome(unit, 0, "quarantined", f"{type(error).__name__}: {error}")
+        return self._set_aside(unit, self._job.max_attempts, type(error).__name__, str(error))
+
+    def _set_aside(self, unit: int, attempts: int, error_type: str, error: str) -> dict[str, Any]:
+        quarantine = Quarantine(
+            unit=unit, attempts=attempts, error=error[:2000], error_type=error_type, host=socket.gethostname()
+        )
+        quarantine_unit(self._store, quarantine)
+        return self._outcome(unit, 0, "quarantined", f"{error_type}: {error}")
 
     def _attempt(self, unit: int, first_id: int, count: int) -> str:
         job, started, attempt = self._job, time.monotonic(), new_attempt()
@@ -105,15 +107,16 @@ class UnitWorker:
             self._engine, self._config, job.seed, first_id, count, job.steps, job.micro_batch,
             on_progress=self._progress(unit),
         )  # fmt: skip
+        # the released version only: a resume from another commit must give the same bytes; the record has the commit
         footer = {
             "schema_version": 1, "unit": unit, "seed": job.seed, "steps": job.steps, "fingerprint": job.fingerprint,
-            "model": job.model, "hardware": hardware_name(self._engine.device), "code_version": code_version(),
+            "model": job.model, "engine": job.engine, "precision": job.precision, "hardware": hardware_name(self._engine.device), "code_version": VERSION,
         }  # fmt: skip
         shard, stats, rows = self._scorer.shard(graphs, first_id, footer)
         record = CommitRecord.describe(
             shard, unit=unit, attempt=attempt, rows=rows, first_id=first_id, fingerprint=job.fingerprint,
             artifact_digest=job.model["digest"], recipe=job.model["recipe"], hardware=footer["hardware"],
-            code_version=footer["code_version"], host=socket.gethostname(), seconds=time.monotonic() - started,
+            code_version=code_version(), host=socket.gethostname(), seconds=time.monotonic() - started,
             stats=stats,
         )  # fmt: skip
         return commit_unit(self._store, record, shard)
@@ -138,10 +141,27 @@ class UnitWorker:
 
 
 class BoardedUnitWorker(UnitWorker):
-    """A UnitWorker in a Ray pool: reports to a ProgressBoard, waiting for no answer."""
+    """A UnitWorker in a Ray pool: reports to a ProgressBoard, and sets a unit aside that keeps killing its workers."""
 
     def __init__(self, job: UnitJob, board: Any) -> None:
         super().__init__(job, lambda unit, fraction: board.report.remote(unit, fraction))
+        self._board = board
+
+    def run(self, unit: int, first_id: int, count: int) -> dict[str, Any]:
+        """See `UnitWorker.run`. A crash of the process is no exception: only the board remembers it."""
+        deaths = self._deaths(unit)
+        if deaths < MAX_DEATHS:
+            return super().run(unit, first_id, count)
+        error = f"{deaths} workers died at it, perhaps for want of memory"
+        return self._set_aside(unit, deaths, "WorkerDied", error)
+
+    def _deaths(self, unit: int) -> int:
+        import ray
+
+        try:
+            return int(ray.get(self._board.begin.remote(unit))) - 1
+        except ray.exceptions.RayError:  # the board is away; it forgets, and counts anew
+            return 0
 
 
 def open_engine(store: Store, job: UnitJob) -> Engine:
@@ -152,7 +172,7 @@ def open_engine(store: Store, job: UnitJob) -> Engine:
     with tempfile.TemporaryDirectory(prefix="bitdgdm-") as folder:
         path = Path(folder) / job.model_key
         path.write_bytes(store.read(job.model_key))
-        return load_engine(path, device=job.device, precision=job.precision, digest=job.model["digest"])
+        return load_engine(path, job.device, job.precision, job.model["digest"], job.engine)
 
 
 def open_reference(store: Store, job: UnitJob) -> ReferenceSet | None:

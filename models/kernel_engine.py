@@ -1,0 +1,164 @@
+"""The engine that runs a DiGress network by our CUDA kernels, all steps of a batch on the device.
+
+Guarantees: a graph's bytes are a function of (network, seed, id, times), whatever the batch (law L1), so a batch that
+doesn't fit into the device's memory is cut; a network that the kernels can't compute as its recipe says is refused
+with the reason, never computed in another way.
+Knows nothing of: how a kernel works, files, campaigns. Errors of the kernels' floor become this project's here.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from bitdgdm.infra.errors import DeviceMemoryFull, KernelsUnavailable
+from bitdgdm.kernels.build import CompilerMissing, KernelBroken
+from bitdgdm.kernels.denoise import Denoiser, Noise
+from bitdgdm.kernels.launch import Device, Launcher, PyCudaMissing
+from bitdgdm.kernels.network import Shape, prepare, supports
+from bitdgdm.kernels.step_graph import denoise, open_device
+from bitdgdm.kernels.toolchain import missing
+from bitdgdm.models.digress_config import DigressConfig
+from bitdgdm.models.seam import Chain
+from bitdgdm.quant.linear import QuantLinear
+
+log = logging.getLogger("bitdgdm.engine")
+OLDEST = (8, 0)  # bf16 mma.sync and cp.async
+
+
+def kernel_shape(config: DigressConfig) -> Shape:
+    """What the kernels want to know of a config."""
+    return Shape(
+        config.n_layers, config.n_pad, config.output_dims.X, config.output_dims.E, config.hidden_dims.dy,
+        config.hidden_mlp_dims.y, config.hidden_dims.n_head, config.diffusion_steps,
+        config.atom_weights if config.molecular else (), config.max_weight,
+    )  # fmt: skip
+
+
+def refusal(network: nn.Module, config: DigressConfig) -> str:
+    """Why the kernels can't run `network` on this machine's current GPU, or "" if they can."""
+    return _recipe_refusal(network) or _shape_refusal(network, config) or missing() or _device_refusal()
+
+
+def _recipe_refusal(network: nn.Module) -> str:
+    for module in network.modules():
+        if isinstance(module, QuantLinear) and module.recipe.act_quantized:
+            return f"they don't compute recipe {module.recipe.name} yet"
+    return ""
+
+
+def _shape_refusal(network: nn.Module, config: DigressConfig) -> str:
+    ok, reason = supports(dict(network.state_dict()), kernel_shape(config))
+    return "" if ok else reason
+
+
+def _device_refusal() -> str:
+    found = torch.cuda.get_device_capability()
+    if found < OLDEST:
+        return f"the GPU is sm_{found[0]}{found[1]}, they need sm_{OLDEST[0]}{OLDEST[1]} or newer"
+    return ""
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Turn what the kernels' floor raises into errors with a way out."""
+    try:
+        yield
+    except (PyCudaMissing, CompilerMissing, KernelBroken) as e:
+        raise KernelsUnavailable(str(e)) from e
+
+
+class KernelEngine:
+    """A LoopEngine on one CUDA device; see seam.py."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: DigressConfig,
+        name: str = "digress",
+        launcher: Launcher | None = None,
+    ) -> None:
+        """launcher: where kernels run; the current CUDA device when left out.
+
+        Raises: KernelsUnavailable.
+        """
+        shape = kernel_shape(config)
+        reason = _recipe_refusal(network) or _shape_refusal(network, config)
+        if reason:
+            raise KernelsUnavailable(reason)
+        with _own_errors():
+            self._launcher = launcher or open_device(shape, torch.cuda.current_device())
+        self.name, self.config, self.dtype = name, config, torch.bfloat16
+        self.device = self._launcher.device
+        self._network = prepare(dict(network.state_dict()), shape, self.device)
+        self._fits: int | None = None  # graphs at a time, once the memory was found too small
+
+    def denoise(
+        self, chain: Chain, on_step: Callable[[int], object] | None = None
+    ) -> tuple[Tensor, Tensor, bool]:
+        """See `LoopEngine.denoise`. A batch that doesn't fit runs in halves, with equal results."""
+        total, steps, first, finite = len(chain.ids), len(chain.times) - 1, 0, True
+        x, e = (torch.empty_like(t, dtype=torch.int8) for t in (chain.x, chain.e))
+        while first < total:
+            part = chain.part(first, min(self._fits or total, total - first))
+            size = len(part.ids)
+
+            def told(step: int, first: int = first, size: int = size) -> None:
+                if on_step is not None:
+                    on_step((first * steps + size * step) // total)
+
+            batch = self._run(part, told)
+            if batch is None:
+                if size == 1:
+                    raise DeviceMemoryFull(str(self.device), 1, 0)
+                self._fits = size // 2
+                torch.cuda.empty_cache()
+                log.warning(
+                    "%s has no memory for %d molecules at a time, trying %d", self.device, size, self._fits
+                )
+                continue
+            x[first : first + size], e[first : first + size] = batch.x, batch.e
+            finite = finite and int(batch.not_finite) == 0  # waits for the device
+            first += size
+        return x, e, finite
+
+    def logits(self, X: Tensor, E: Tensor, t: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Engine.logits`. For comparisons: it waits for the device. Raises: ValueError if t differs in the batch."""
+        times = t.unique().tolist()
+        if len(times) != 1:
+            raise ValueError(f"the kernels take one time a batch, not {len(times)}")
+        later = bool(E.diagonal(dim1=1, dim2=2).any())  # z_T alone has no class on the diagonal
+        tables = (torch.zeros(1 + later, k, k, k) for k in (X.shape[-1], E.shape[-1]))
+        ids = torch.zeros(len(X), dtype=torch.int64)
+        with self._on_device():
+            noise = Noise(torch.tensor([*times * (1 + later), 0], dtype=torch.int32), *tables)
+            batch = self._batch(noise, node_mask.sum(1), ids, 0, X.argmax(-1), E.argmax(-1))
+            batch.step.fill_(int(later))
+            with self._launcher.stream() if isinstance(self._launcher, Device) else nullcontext():
+                batch.forward()
+                return batch.logits()
+
+    def _run(self, chain: Chain, on_step: Callable[[int], object]) -> Denoiser | None:
+        """Queue all steps of a batch; None if there is no memory for it."""
+        noise = Noise(torch.tensor(chain.times, dtype=torch.int32), chain.node_tables, chain.edge_tables)
+        try:
+            with self._on_device():
+                batch = self._batch(noise, chain.n, chain.ids, chain.seed, chain.x, chain.e)
+                denoise(batch, len(chain.times) - 1, on_step=on_step)
+                return batch
+        except torch.OutOfMemoryError:
+            return None
+
+    def _batch(self, noise: Noise, n: Tensor, ids: Tensor, seed: int, x: Tensor, e: Tensor) -> Denoiser:
+        batch = Denoiser(self._network, noise, n, ids, seed, self._launcher)
+        batch.x.copy_(x)
+        batch.e.copy_(e)
+        return batch
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        on = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on, torch.inference_mode(), _own_errors():
+            yield
