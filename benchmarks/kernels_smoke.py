@@ -1,8 +1,10 @@
 """Do the kernels give what torch gives, and what does each cost? One call on a GPU, QM9, the shipped weights.
 
-Run: python benchmarks/kernels_smoke.py --out DIR [--tiny]   (needs a GPU, nvcc and PyCUDA)
-Writes DIR/kernels_smoke.json: checks, microseconds a kernel, molecules a second; DIR/graphs.npz: 8,192 graphs.
---tiny: three graphs, two steps, no timing: small enough for compute-sanitizer. --profile: one forward pass, for ncu.
+Run: python benchmarks/kernels_smoke.py --out DIR [--part PART]   (needs a GPU, nvcc and PyCUDA)
+Writes DIR/kernels_PART.json: checks, microseconds a kernel, molecules a second; DIR/graphs.npz: 8,192 graphs.
+Parts: main (the kernels of the GPU; all checks; whole runs), others (kernels of any GPU, 8-bit nodes: kernel times, logits),
+pair (node kernels whose blocks share weights), build (compile everything at once), tiny (three graphs, two steps: small
+enough for compute-sanitizer), profile (one forward pass, for ncu).
 """
 
 import argparse
@@ -13,7 +15,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +27,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetensors.torch import load_file
 
+from bitdgdm.kernels.build import build
 from bitdgdm.kernels.denoise import Denoiser, Noise
-from bitdgdm.kernels.network import Network, Shape, prepare
+from bitdgdm.kernels.launch import Device
+from bitdgdm.kernels.network import Integers, Network, Shape, prepare
 from bitdgdm.kernels.step_graph import denoise, open_device, warm_up
-from bitdgdm.models.digress import GraphTransformer, build
+from bitdgdm.models.digress import GraphTransformer
+from bitdgdm.models.digress import build as build_net
 from bitdgdm.models.digress_config import QM9_NO_H as CONFIG
 from bitdgdm.models.features import network_input
 from bitdgdm.models.noise import cosine_schedule, posterior, posterior_table, steps
 from bitdgdm.models.philox import count_slot, edge_slots, node_slots, philox
+from bitdgdm.quant.rounding import round_weights
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "models" / "data" / "digress_qm9.safetensors"
 N_PAD, SEED = CONFIG.n_pad, 20261123
 ROWS, COLS = torch.triu_indices(N_PAD, N_PAD, 1)
+SOURCES = ("edge_attend", "edge_ffn", "edge_ffn_wg", "edge_wg", "features", "graph_path", "node", "node_wg", "node_wg_s8", "sample")
+Parts = Iterator[tuple[str, Callable[[], object]]]
 RESULT: dict[str, object] = {"checks": {}, "kernels_us": {}, "rates": {}}
 
 
@@ -167,7 +176,7 @@ def same_bytes(network: Network, device: object, noise: Noise) -> None:
     check("batches of 1", 0, all(torch.equal(s[0][0], x[i]) for s, i in zip(single, (0, 100, 255), strict=True)))
 
 
-def time_kernels(batch: Denoiser) -> None:
+def time_kernels(batch: Denoiser, label: str) -> None:
     """Microseconds of each launch of a step, and of the step; the state of the batch is spent."""
     device = batch.launcher
     runs: dict[str, list[float]] = {}
@@ -184,18 +193,48 @@ def time_kernels(batch: Denoiser) -> None:
         batch.draw()
         device.launch = inner  # type: ignore[method-assign]
         batch.step.fill_(250)
-        for args in launches[:13]:  # the ends of a step and the first two layers
+        for args in launches[:13] + launches[-4:-1]:  # the ends of a step and the first two layers
             if args[1] != "advance":
                 runs.setdefault(str(args[1]), []).append(timed(lambda args=args: inner(*args)))  # type: ignore[misc]
-        for args in launches[-4:-1]:
-            runs.setdefault(str(args[1]), []).append(timed(lambda args=args: inner(*args)))  # type: ignore[misc]
         warm_up(batch)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             batch.forward()
         step = timed(graph.replay, 10)
-    RESULT["kernels_us"] = {k: round(statistics.median(v), 1) for k, v in runs.items()} | {"forward graph": round(step, 1)}
-    print(json.dumps(RESULT["kernels_us"], indent=1), flush=True)
+    RESULT["kernels_us"][label] = {k: round(statistics.median(v), 1) for k, v in runs.items()} | {"forward": round(step, 1)}  # type: ignore[index]
+    print(label, json.dumps(RESULT["kernels_us"][label]), flush=True)  # type: ignore[index]
+
+
+def same_logits(a: Denoiser, b: Denoiser, name: str, tolerance: float) -> None:
+    """Two variants from one state."""
+    got = []
+    for batch in (a, b):
+        batch.step.fill_(250)
+        with batch.launcher.stream(), torch.inference_mode():  # type: ignore[attr-defined]
+            batch.forward()
+            got.append(batch.logits())
+        torch.cuda.synchronize()
+    for kind, mine, theirs in zip("XE", *got, strict=True):
+        check(f"{name}: logits {kind}, relative difference", relative(mine, theirs), relative(mine, theirs) <= tolerance)
+
+
+def rounded(weights: dict[str, Tensor]) -> dict[str, Integers]:
+    """The Linears of the node path in 8 bit."""
+    result = {}
+    for name, w in weights.items():
+        kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if name.startswith("tf_layers") and kind in ("q", "k", "v", "x_out", "linX1", "linX2") and w.ndim == 2:
+            codes, scale = round_weights(w, 8, "absmax")
+            result[name.removesuffix(".weight")] = Integers(codes, scale.float())
+    return result
+
+
+def build_all(shape: Shape) -> None:
+    """Every source of every part, side by side."""
+    defines = {**shape.defines, "edge_attend": {"STEPS": 16}}
+    jobs = [(s, defines.get(s, {})) for s in SOURCES] + [("node_wg", {**defines["node_wg"], "PAIR": 1})]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        list(pool.map(lambda job: build(job[0], "90a", job[1]), jobs))
 
 
 def end_to_end(network: Network, device: object, noise: Noise, size: int, n_steps: int) -> Denoiser:
@@ -215,11 +254,43 @@ def end_to_end(network: Network, device: object, noise: Noise, size: int, n_step
     return batch
 
 
+def main_part(network: Network, weights: dict[str, Tensor], noise: Noise, device: Device, out: Path) -> Parts:
+    net = build_net(CONFIG, weights).to(device.device)
+    small = batch_of(torch.arange(64), network, noise, device)
+    with device.stream():
+        warm_up(small)
+    torch.cuda.synchronize()
+    for k in (0, 250, 499):
+        yield f"torch {k}", lambda k=k: check_against_torch(small, net, noise, k)  # type: ignore[misc]
+    yield "bytes", lambda: same_bytes(network, device, noise)
+    yield "kernels", lambda: time_kernels(batch_of(torch.arange(8192), network, noise, device), "hopper")
+    for size in (8192, 1, 32, 1024, 16384):
+        n_steps = 500 if size in (1, 32, 8192) else 50
+        yield f"B={size}", lambda size=size, n=n_steps: save(end_to_end(network, device, noise, size, n), out)  # type: ignore[misc]
+
+
+def others_part(network: Network, weights: dict[str, Tensor], noise: Noise, device: Device, shape: Shape) -> Parts:
+    ids = torch.arange(8192)
+    portable = prepare(weights, shape, device.device, hopper=False)
+    int8 = prepare(weights, shape, device.device, integers=rounded(weights))
+    for name, other, tolerance in (("portable", portable, 0.01), ("int8 nodes", int8, 0.03)):
+        yield name, lambda o=other, n=name: time_kernels(batch_of(ids, o, noise, device), n)  # type: ignore[misc]
+        a, b = (batch_of(ids[:256], n, noise, device) for n in (other, network))
+        yield name, lambda a=a, b=b, n=name, t=tolerance: same_logits(a, b, n, t)  # type: ignore[misc]
+
+
+def pair_part(network: Network, noise: Noise, device: Device, shape: Shape) -> Parts:
+    pair = open_device(shape)
+    pair.defines = {**pair.defines, "node_wg": {**pair.defines["node_wg"], "PAIR": 1}}
+    a, b = (batch_of(torch.arange(1000), network, noise, d) for d in (pair, device))
+    yield "pair", lambda: same_logits(a, b, "pair", 0.0)
+    yield "pair", lambda: time_kernels(batch_of(torch.arange(8192), network, noise, pair), "pair")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--part", default="main")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.float() for k, v in load_file(WEIGHTS).items()}
@@ -228,46 +299,37 @@ def main() -> None:
         CONFIG.diffusion_steps, CONFIG.atom_weights, CONFIG.max_weight,
     )  # fmt: skip
     before = time.perf_counter()
+    if options.part == "build":
+        build_all(shape)
+        print(f"built in {time.perf_counter() - before:.1f} s", flush=True)
+        return
     device = open_device(shape)
     network = prepare(weights, shape, device.device)
     noise = noise_tables(500)
-    if options.tiny:
-        batch = batch_of(torch.arange(3), network, noise, device)
-        denoise(batch, 2, capture=False)
+    if options.part in ("tiny", "profile"):
+        batch = batch_of(torch.arange(3 if options.part == "tiny" else 8192), network, noise, device)
+        if options.part == "tiny":
+            denoise(batch, 2, capture=False)
+        else:
+            batch.forward()
         torch.cuda.synchronize()
-        print("tiny run finished, finite:", int(batch.not_finite) == 0)
+        print("finished, finite:", int(batch.not_finite) == 0)
         return
-    if options.profile:
-        batch = batch_of(torch.arange(8192), network, noise, device)
-        batch.forward()
-        torch.cuda.synchronize()
-        return
-    net = build(CONFIG, weights).to(device.device)
-    RESULT["gpu"] = torch.cuda.get_device_name()
-    RESULT["torch"] = torch.__version__
-    RESULT["driver"] = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version,clocks.sm", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
-    parts: list[tuple[str, Callable[[], object]]] = []
-    small = batch_of(torch.arange(64), network, noise, device)
-    with device.stream():
-        warm_up(small)
-    torch.cuda.synchronize()
-    print(f"built, loaded and ran in {time.perf_counter() - before:.1f} s", flush=True)
-    for k in (0, 250, 499):
-        parts.append((f"torch {k}", lambda k=k: check_against_torch(small, net, noise, k)))
-    parts.append(("bytes", lambda: same_bytes(network, device, noise)))
-    parts.append(("kernels", lambda: time_kernels(batch_of(torch.arange(8192), network, noise, device))))
-    for size in (1, 32, 1024, 4096, 8192, 16384):
-        n_steps = 500 if size in (1, 32, 8192) else 50
-        parts.append((f"B={size}", lambda size=size, n=n_steps: save(end_to_end(network, device, noise, size, n), options.out)))
+    RESULT["gpu"], RESULT["torch"] = torch.cuda.get_device_name(), torch.__version__
+    asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm", "--format=csv,noheader"]
+    RESULT["driver"] = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    parts = {
+        "main": lambda: main_part(network, weights, noise, device, options.out),
+        "others": lambda: others_part(network, weights, noise, device, shape),
+        "pair": lambda: pair_part(network, noise, device, shape),
+    }[options.part]()
     for name, run in parts:
         try:
             run()
         except Exception:  # noqa: BLE001 - a broken part must not cost the others their GPU time
             RESULT["checks"][name] = {"value": traceback.format_exc(), "ok": False}  # type: ignore[index]
             traceback.print_exc()
-        (options.out / "kernels_smoke.json").write_text(json.dumps(RESULT, indent=1))
+        (options.out / f"kernels_{options.part}.json").write_text(json.dumps(RESULT, indent=1))
 
 
 def save(batch: Denoiser, out: Path) -> None:

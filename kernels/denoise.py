@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitdgdm.kernels.graphs import Layout, layout
 from bitdgdm.kernels.launch import Launcher
-from bitdgdm.kernels.network import Network
+from bitdgdm.kernels.network import Layer, Network
 
 _TURN, _NODE, _TOTAL = 24, 80, 40  # bytes of the structs of features.cu
 
@@ -63,7 +63,7 @@ class Denoiser:
         self.layout: Layout = layout(n, s.n_pad, launcher.multiprocessors, device)
         at = self.layout
         self.attend_steps = attend_steps(launcher.shared_bytes)
-        tiles16 = -(-at.count // 16)
+        tiles16 = -(-at.count // 64) * 4  # blocks of the y path take 64 graphs
 
         def bf16(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.bfloat16, device=device)
@@ -106,13 +106,26 @@ class Denoiser:
             self.E, at.tile_of, at.tile_start, at.rows, self.e, net.edge_table, self.step, at.m_tiles, s.n_pad, s.classes_e,
         )  # fmt: skip
         self._run(
-            "graph_path", "graph_in", len(self.y), 128, 0,
+            "graph_path", "graph_in", self._graph_blocks, 256, self._graph_shared,
             self.graphs_in, self.y, self.film_e, self.film_x, net.graph_in, net.graph_in_vec,
         )  # fmt: skip
-        self._run(
-            "node", "node_in", -(-at.tiles // 8), 256, 135168,
-            self.rows_in, self.X, self.q, self.kv, net.node_in, net.node_in_vec, at.tiles,
-        )  # fmt: skip
+        self._node("node_in", self.rows_in, self.X, self.q, self.kv, net.node_in, net.node_in_vec)
+
+    @property
+    def _graph_blocks(self) -> int:
+        return len(self.y) * 16 * self.network.shape.dy // 4096
+
+    @property
+    def _graph_shared(self) -> int:
+        return 64 * 1024 + 8 * 1024  # four warps' sums and y, for 64 graphs of 64 channels or 32 of 128
+
+    def _node(self, kernel: str, *args: Tensor) -> None:
+        tiles, blocks = self.layout.tiles, -(-self.layout.tiles // 8)
+        if self.network.hopper:
+            even = min(blocks + blocks % 2, self.launcher.multiprocessors & ~1)  # blocks may come in pairs
+            self._run("node_wg_s8" if self.network.int8 else "node_wg", kernel, even, 384, 213120, *args, tiles)
+        else:
+            self._run("node", kernel, blocks, 256, 135168, *args, tiles)
 
     def layer(self, i: int) -> None:
         """Layer i; the last one ends in logits."""
@@ -123,34 +136,37 @@ class Denoiser:
                 "graph_path", "pool", -(-at.count // 4), 128, 0,
                 self.X, self.E, at.tile_start, at.graphs, p.pad, self.z, at.count, s.n_pad,
             )  # fmt: skip
+        source, shared = ("edge_wg", 201728) if self.network.hopper else ("edge_attend", _attend_shared(self.attend_steps))
         self._run(
-            "edge_attend", "edge_attend", len(at.block_tile) - 1, 512, _attend_shared(self.attend_steps),
+            source, "edge_attend", len(at.block_tile) - 1, 512, shared,
             self.E, self.E1, self.q, self.kv, self.film_e, self.film_x, self.gathered, at.tile_start, at.rows,
             at.block_tile, p.w_mul, p.w_add, p.score_bias, p.w_e_out, p.e_out_vec,
         )  # fmt: skip
-        ffn_blocks = min(-(-at.m_tiles // 8), 3 * self.launcher.multiprocessors)
+        self._ffn(p, last)
         if last:
-            self._run(
-                "edge_ffn", "edge_ffn_out", ffn_blocks, 128, 52 * 1024 + 456 * 4,
-                self.E1, p.ffn1, p.ffn2, p.ffn_vec, at.m_tiles, self.network.edge_out1, self.network.edge_out2, self.logits_e,
-            )  # fmt: skip
-            self._run(
-                "node", "node_out", -(-at.tiles // 8), 256, 135168,
-                self.gathered, self.X, self.logits_x, p.node, p.node_vec, at.tiles,
-            )  # fmt: skip
+            self._node("node_out", self.gathered, self.X, self.logits_x, p.node, p.node_vec)
             return
         self._run(
-            "edge_ffn", "edge_ffn", ffn_blocks, 128, 32 * 1024 + 320 * 4,
-            self.E1, self.E, p.ffn1, p.ffn2, p.ffn_vec, at.m_tiles,
-        )  # fmt: skip
-        self._run(
-            "graph_path", "graph_mid", len(self.y), 128, s.dy * 256,
+            "graph_path", "graph_mid", self._graph_blocks, 256, self._graph_shared,
             self.z, self.y, self.film_e, self.film_x, p.graph, p.graph_vec,
         )  # fmt: skip
-        self._run(
-            "node", "node_mid", -(-at.tiles // 8), 256, 135168,
-            self.gathered, self.X, self.q, self.kv, p.node, p.node_vec, at.tiles,
-        )  # fmt: skip
+        self._node("node_mid", self.gathered, self.X, self.q, self.kv, p.node, p.node_vec)
+
+    def _ffn(self, p: Layer, last: bool) -> None:
+        tiles, n, sms = self.layout.m_tiles, self.network, self.launcher.multiprocessors
+        blocks = -(-tiles // 8)
+        args: tuple[Tensor | int | None, ...]
+        if n.hopper and last:
+            args = (self.E1, p.ffn1, p.ffn_vec, tiles, self.logits_e)
+            self._run("edge_ffn_wg", "edge_ffn_out", min(blocks, 2 * sms), 256, 55296, *args)
+        elif n.hopper:
+            self._run("edge_ffn_wg", "edge_ffn", min(blocks, 2 * sms), 256, 34304, self.E1, self.E, p.ffn1, p.ffn_vec, tiles)
+        elif last:
+            args = (self.E1, p.ffn1, p.ffn2, p.ffn_vec, tiles, n.edge_out1, n.edge_out2, self.logits_e)
+            self._run("edge_ffn", "edge_ffn_out", min(blocks, 3 * sms), 128, 52 * 1024 + 456 * 4, *args)
+        else:
+            args = (self.E1, self.E, p.ffn1, p.ffn2, p.ffn_vec, tiles)
+            self._run("edge_ffn", "edge_ffn", min(blocks, 3 * sms), 128, 32 * 1024 + 320 * 4, *args)
 
     def forward(self) -> None:
         """The network: classes of this step -> logits_x, logits_e."""

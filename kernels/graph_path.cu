@@ -2,8 +2,10 @@
 //
 // pool: a warp a graph, rows in order, so the result is a function of the graph only. Padded rows all hold one vector per
 // layer (method: a masked row is LayerNorm of a constant), so they enter by count. Output in fragment order.
-// graph_in, graph_mid: a block of 4 warps a tile of 16 graphs; y stays in registers, the four warps share the long
-// sums (K = 1,344 of the pooled rows; 2,048 hidden channels) and add their parts in a fixed order.
+// graph_in, graph_mid: a block of 8 warps owns TILES tiles of 16 graphs, so that each weight that comes from L2 serves 64
+// graphs (32 where dy is 128). The warps share the long sums (K = 1,344 of the pooled rows; 2,048 hidden channels) and add
+// their parts in a fixed order; between them y is in shared memory in fragment order. Operations a graph: 0.42 M MAC;
+// weights: 0.84 MB a block.
 #include "warp.cuh"
 
 #ifndef DY
@@ -16,73 +18,97 @@
 #define KS (DY / 16)
 #define POOL_KS 80  // (4 * 256 + 4 * 64) / 16
 #define FFY 2048
-constexpr int UNROLL = DY > 64 ? 1 : 2;  // of the hidden chunks; wider rows leave no registers for two
+constexpr int TILES = DY > 64 ? 2 : 4;
+constexpr bool AHEAD = DY <= 64;  // load weights before they are needed, where there are registers for it
+constexpr int UNROLL = AHEAD ? 2 : 1;
 
-struct Pool {
-  float sum, sq, low, high, origin;  // sums of x - origin: no cancellation in the variance
-  MEMBER void start(float x) { origin = x, sum = sq = 0, low = high = x; }
-  MEMBER void add(float x) {
-    const float d = x - origin;
-    sum += d, sq += d * d, low = fminf(low, x), high = fmaxf(high, x);
+struct Pool {  // of a pair of channels; sums of x - origin, so that the variance is not the difference of large numbers
+  float origin0, origin1, sum0, sum1, sq0, sq1;
+  u32 low2, high2;
+  MEMBER void start(float pad0, float pad1, u32 first) {
+    origin0 = pad0, origin1 = pad1, sum0 = sum1 = sq0 = sq1 = 0, low2 = high2 = first;
   }
-  MEMBER void finish(float pad, int count, int total, float (&out)[4]) {
-    const float d = pad - origin, more = (float)(total - count);
-    if (count < total) low = fminf(low, pad), high = fmaxf(high, pad);
-    const float s = sum + more * d, mean = s / total;
-    const float var = (sq + more * d * d - s * mean) / (total - 1);
-    out[0] = origin + mean, out[1] = low, out[2] = high, out[3] = sqrtf(fmaxf(var, 0.0f));
+  MEMBER void add(u32 v) {
+    const float d0 = low(v) - origin0, d1 = high(v) - origin1;
+    sum0 += d0, sum1 += d1, sq0 = fmaf(d0, d0, sq0), sq1 = fmaf(d1, d1, sq1);
+    low2 = min2(low2, v), high2 = max2(high2, v);
+  }
+  // Rows of the padding hold the origin: they add nothing to the sums. out: pairs of mean, min, max, std.
+  MEMBER void finish(bool padded, float inverse_total, float inverse_less, u32 (&out)[4]) {
+    const float m0 = sum0 * inverse_total, m1 = sum1 * inverse_total;
+    const u32 pad = pack2(origin0, origin1);
+    if (padded) low2 = min2(low2, pad), high2 = max2(high2, pad);
+    out[0] = pack2(origin0 + m0, origin1 + m1), out[1] = low2, out[2] = high2;
+    out[3] = pack2(sqrt_fast(fmaxf((sq0 - sum0 * m0) * inverse_less, 0.0f)),
+                   sqrt_fast(fmaxf((sq1 - sum1 * m1) * inverse_less, 0.0f)));
   }
 };
 
+// Word of the pair of channels c, c + 1 of row 0 inside a tile; a row is 16 words on, row + 8 one.
+DEV int pair_at(int c) { return ((c >> 4) * 32 + ((c & 7) >> 1)) * 4 + ((c >> 3) & 1) * 2; }
+DEV int row_at(int row) { return (row & 7) * 16 + (row >> 3 & 1); }
+
 // X [tiles][16][32], E [m-tiles][4][32]; graphs [graphs] {first row, n}; pad: rows' constants, 256 of X then 64 of E;
 // z [graphs / 16][80][32]: mean, min, max, std of X, then of E.
+#define AHEAD_J 9  // slices in flight
 KERNEL(128, 8)
 pool(const u32* __restrict__ X, const u32* __restrict__ E, const int* __restrict__ tile_start, const int2* __restrict__ graphs,
-     const float* __restrict__ pad, u16* __restrict__ z, int count, int n_pad) {
+     const float* __restrict__ pad, u32* __restrict__ z, int count, int n_pad) {
   const int b = BLOCK * 4 + (THREAD >> 5), lane = THREAD & 31;
   if (b >= count) return;
   const int row0 = graphs[b].x, n = graphs[b].y;
-  u16* out = z + (u64)(b >> 4) * (POOL_KS * 256);
-  float f[4];
+  u32* out = z + (u64)(b >> 4) * (POOL_KS * 128);
+  u32 f[4];
+  Pool p;
 
+  const int c = lane * 2;
+  {
+    const u32* from = E + pair_at(c);
+    p.start(pad[256 + c], pad[257 + c], from[tile_start[row0 >> 4] * 512 + row_at(row0)]);
 #pragma unroll 1
-  for (int part = 0; part < 4; part++) {  // a lane owns the pair of channels c, c + 1
-    const int c = (part * 32 + lane) * 2;
-    const int at = ((c >> 4) * 32 + ((c & 7) >> 1)) * 4 + ((c >> 3) & 1) * 2;
-    Pool p0, p1;
     for (int i = 0; i < n; i++) {
-      const int row = row0 + i;
-      const u32 v = X[(u64)(row >> 4) * 2048 + at + (row & 7) * 16 + (row >> 3 & 1)];
-      if (i == 0) p0.start(low(v)), p1.start(high(v));
-      p0.add(low(v)), p1.add(high(v));
-    }
+      const u32* row = from + (u64)tile_start[row0 + i >> 4] * 512 + row_at(row0 + i);
+#pragma unroll 1
+      for (int j0 = 0; j0 < n; j0 += AHEAD_J, row += AHEAD_J * 512) {
+        u32 v[AHEAD_J];
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      (e ? p1 : p0).finish(pad[c + e], n, n_pad, f);
-      for (int k = 0; k < 4; k++) out[tile_offset(b & 15, k * 256 + c + e)] = to_bf16(f[k]);
+        for (int j = 0; j < AHEAD_J; j++)
+          if (j0 + j < n) v[j] = row[j * 512];
+#pragma unroll
+        for (int j = 0; j < AHEAD_J; j++)
+          if (j0 + j < n) p.add(v[j]);
+      }
     }
+    const float total = (float)(n_pad * n_pad);
+    p.finish(n < n_pad, 1.0f / total, 1.0f / (total - 1), f);
+#pragma unroll
+    for (int k = 0; k < 4; k++) out[tile_offset(b & 15, 1024 + k * 64 + c) >> 1] = f[k];
   }
 
-  const int c = lane * 2, at = ((c >> 4) * 32 + ((c & 7) >> 1)) * 4 + ((c >> 3) & 1) * 2;
-  Pool p0, p1;
-  for (int i = 0; i < n; i++) {
-    const int row = row0 + i;
-    const u32* from = E + (u64)tile_start[row >> 4] * 512 + at + (row & 7) * 16 + (row >> 3 & 1);
-#pragma unroll 4
-    for (int j = 0; j < n; j++) {
-      const u32 v = from[j * 512];
-      if (i + j == 0) p0.start(low(v)), p1.start(high(v));
-      p0.add(low(v)), p1.add(high(v));
-    }
-  }
+  const float inverse_total = 1.0f / n_pad, inverse_less = 1.0f / (n_pad - 1);
+#pragma unroll 2
+  for (int part = 0; part < 4; part++) {
+    const int x = part * 64 + c;
+    const u32* from = X + pair_at(x);
+    p.start(pad[x], pad[x + 1], from[(row0 >> 4) * 2048 + row_at(row0)]);
+#pragma unroll 1
+    for (int i0 = 0; i0 < n; i0 += AHEAD_J) {
+      u32 v[AHEAD_J];
 #pragma unroll
-  for (int e = 0; e < 2; e++) {
-    (e ? p1 : p0).finish(pad[256 + c + e], n * n, n_pad * n_pad, f);
-    for (int k = 0; k < 4; k++) out[tile_offset(b & 15, 1024 + k * 64 + c + e)] = to_bf16(f[k]);
+      for (int i = 0; i < AHEAD_J; i++)
+        if (i0 + i < n) v[i] = from[(u64)(row0 + i0 + i >> 4) * 2048 + row_at(row0 + i0 + i)];
+#pragma unroll
+      for (int i = 0; i < AHEAD_J; i++)
+        if (i0 + i < n) p.add(v[i]);
+    }
+    p.finish(n < n_pad, inverse_total, inverse_less, f);
+#pragma unroll
+    for (int k = 0; k < 4; k++) out[tile_offset(b & 15, k * 256 + x) >> 1] = f[k];
   }
 }
 
 typedef float Rows[NT][4];
+typedef Rows Block[TILES];  // a warp's part of all rows of the block
 
 DEV void bias_to(Rows& h, const float* b, int lane) {
 #pragma unroll
@@ -116,142 +142,227 @@ DEV void add_product(Rows& h, const uint4& a, const uint4* w, int lane) {  // on
   }
 }
 
-// h += W2 relu(W1 a + b1) over the hidden chunks (16 channels each) first .. last - 1 of `chunks`.
+DEV void add_products(Block& h, const uint4 (&a)[TILES], const uint4* w, int lane) {
+  uint4 b[KS];
+#pragma unroll
+  for (int np = 0; np < KS; np++) b[np] = load16(w + np * 32 + lane);
+#pragma unroll
+  for (int mt = 0; mt < TILES; mt++)
+#pragma unroll
+    for (int np = 0; np < KS; np++) {
+      mma(h[mt][2 * np], a[mt], b[np].x, b[np].y, h[mt][2 * np]);
+      mma(h[mt][2 * np + 1], a[mt], b[np].z, b[np].w, h[mt][2 * np + 1]);
+    }
+}
+
+// h += W2 relu(W1 y + b1) over the hidden chunks (16 channels each) first .. last - 1 of `chunks`. y: [TILES][KS1][32] in
+// shared memory.
 template <int KS1>
-DEV void add_mlp(Rows& h, const uint4* a, const uint4* w1, const float* b1, const uint4* w2, int chunks, int first, int last,
+DEV void add_mlp(Block& h, const uint4* y, const uint4* w1, const float* b1, const uint4* w2, int chunks, int first, int last,
                  int lane) {
-#pragma unroll UNROLL
+  uint4 b[KS1];
+  auto load = [&](int chunk) {  // while the chunk before it is used
+#pragma unroll
+    for (int ks = 0; ks < KS1; ks++) b[ks] = load16(w1 + (ks * chunks + chunk) * 32 + lane);
+  };
+  if (AHEAD) load(first);
+#pragma unroll 1
   for (int chunk = first; chunk < last; chunk++) {
-    float hidden[2][4];
+    if (!AHEAD) load(chunk);
+    float hidden[TILES][2][4];
 #pragma unroll
     for (int nt = 0; nt < 2; nt++) {
       const float2 v = *(const float2*)(b1 + chunk * 16 + nt * 8 + (lane & 3) * 2);
-      hidden[nt][0] = hidden[nt][2] = v.x, hidden[nt][1] = hidden[nt][3] = v.y;
+#pragma unroll
+      for (int mt = 0; mt < TILES; mt++) hidden[mt][nt][0] = hidden[mt][nt][2] = v.x, hidden[mt][nt][1] = hidden[mt][nt][3] = v.y;
     }
 #pragma unroll
     for (int ks = 0; ks < KS1; ks++) {
-      const uint4 b = load16(w1 + (ks * chunks + chunk) * 32 + lane);
-      mma(hidden[0], a[ks], b.x, b.y, hidden[0]);
-      mma(hidden[1], a[ks], b.z, b.w, hidden[1]);
-    }
 #pragma unroll
-    for (int i = 0; i < 8; i++) hidden[i >> 2][i & 3] = relu(hidden[i >> 2][i & 3]);
-    add_product(h, pack_tile(hidden[0], hidden[1]), w2 + chunk * KS * 32, lane);
+      for (int mt = 0; mt < TILES; mt++) {
+        const uint4 a = y[(mt * KS1 + ks) * 32 + lane];
+        mma(hidden[mt][0], a, b[ks].x, b[ks].y, hidden[mt][0]);
+        mma(hidden[mt][1], a, b[ks].z, b[ks].w, hidden[mt][1]);
+      }
+    }
+    if (AHEAD) load(min(chunk + 1, last - 1));
+    uint4 a2[TILES];
+#pragma unroll
+    for (int mt = 0; mt < TILES; mt++) a2[mt] = pack_tile_relu(hidden[mt][0], hidden[mt][1]);
+    add_products(h, a2, w2 + chunk * KS * 32, lane);
   }
 }
 
-// The sum of the four warps' h, in the order of the warps, to all of them.
-DEV void sum_warps(Rows& h, float4* part, int warp, int lane) {
+// The sum of the eight warps' parts, in a fixed order; tile m of it is in the h of warp m. part: 4 blocks of rows.
+DEV void sum_warps(Rows& h, Block& mine, float4* part, int warp, int lane) {
+  auto place = [&](int w, int mt, int nt) { return part + ((w * TILES + mt) * NT + nt) * 32 + lane; };
+  if (warp >= 4) {
 #pragma unroll
-  for (int nt = 0; nt < NT; nt++) {
-    float4 v;
-    v.x = h[nt][0], v.y = h[nt][1], v.z = h[nt][2], v.w = h[nt][3];
-    part[(warp * NT + nt) * 32 + lane] = v;
-  }
-  block_sync();
-  clear(h);
-#pragma unroll
-  for (int w = 0; w < 4; w++) {
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++) {
-      const float4 v = part[(w * NT + nt) * 32 + lane];
-      h[nt][0] += v.x, h[nt][1] += v.y, h[nt][2] += v.z, h[nt][3] += v.w;
+    for (int i = 0; i < TILES * NT; i++) {
+      const float(&v)[4] = mine[i / NT][i % NT];
+      *place(warp - 4, i / NT, i % NT) = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
   block_sync();
+  if (warp < 4) {
+#pragma unroll
+    for (int i = 0; i < TILES * NT; i++) {
+      float(&v)[4] = mine[i / NT][i % NT];
+      float4 p = *place(warp, i / NT, i % NT);
+      p.x += v[0], p.y += v[1], p.z += v[2], p.w += v[3];
+      *place(warp, i / NT, i % NT) = p;
+    }
+  }
+  block_sync();
+  if (warp < TILES) {
+    clear(h);
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+#pragma unroll
+      for (int nt = 0; nt < NT; nt++) {
+        const float4 v = *place(w, warp, nt);
+        h[nt][0] += v.x, h[nt][1] += v.y, h[nt][2] += v.z, h[nt][3] += v.w;
+      }
+    }
+  }
 }
 
-// Warp 0: e_mul, 1: e_add, 2: x_mul, 3: x_add; to [graphs][16][4 lanes][mul x 4, add x 4]. w: four packed [256, DY].
-DEV void film(const uint4 (&a)[KS], const uint4* w, const float* bias, uint2* film_e, uint2* film_x, int tile, int warp,
-              int lane) {
-  uint2* to = warp < 2 ? film_e : film_x;
-#pragma unroll UNROLL
-  for (int np = 0; np < 16; np++) {
-    float o[2][4];
+// Two warps each of e_mul, e_add, x_mul, x_add; to [graphs][16][4 lanes][mul x 4, add x 4]. y: [TILES][KS][32] in shared
+// memory; w: four packed [256, DY].
+DEV void film(const uint4* y, const uint4* w, const float* bias, uint2* film_e, uint2* film_x, int first, int warp, int lane) {
+  const int kind = warp >> 1;
+  uint2* to = kind < 2 ? film_e : film_x;
+#pragma unroll 2
+  for (int np = (warp & 1) * 8; np < (warp & 1) * 8 + 8; np++) {
+    float o[TILES][2][4];
 #pragma unroll
     for (int nt = 0; nt < 2; nt++) {
-      const float2 v = *(const float2*)(bias + warp * 256 + np * 16 + nt * 8 + (lane & 3) * 2);
-      o[nt][0] = o[nt][2] = v.x, o[nt][1] = o[nt][3] = v.y;
+      const float2 v = *(const float2*)(bias + kind * 256 + np * 16 + nt * 8 + (lane & 3) * 2);
+#pragma unroll
+      for (int mt = 0; mt < TILES; mt++) o[mt][nt][0] = o[mt][nt][2] = v.x, o[mt][nt][1] = o[mt][nt][3] = v.y;
     }
 #pragma unroll
     for (int ks = 0; ks < KS; ks++) {
-      const uint4 b = load16(w + ((warp * KS + ks) * 16 + np) * 32 + lane);
-      mma(o[0], a[ks], b.x, b.y, o[0]);
-      mma(o[1], a[ks], b.z, b.w, o[1]);
+      const uint4 b = load16(w + ((kind * KS + ks) * 16 + np) * 32 + lane);
+#pragma unroll
+      for (int mt = 0; mt < TILES; mt++) {
+        const uint4 a = y[(mt * KS + ks) * 32 + lane];
+        mma(o[mt][0], a, b.x, b.y, o[mt][0]);
+        mma(o[mt][1], a, b.z, b.w, o[mt][1]);
+      }
     }
 #pragma unroll
-    for (int hi = 0; hi < 2; hi++) {
-      const int graph = tile * 16 + hi * 8 + (lane >> 2);
-      to[((graph * 16 + np) * 4 + (lane & 3)) * 2 + (warp & 1)] =
-          make_uint2(pack2(o[0][2 * hi], o[0][2 * hi + 1]), pack2(o[1][2 * hi], o[1][2 * hi + 1]));
-    }
+    for (int mt = 0; mt < TILES; mt++)
+#pragma unroll
+      for (int hi = 0; hi < 2; hi++) {
+        const int graph = (first + mt) * 16 + hi * 8 + (lane >> 2);
+        to[((graph * 16 + np) * 4 + (lane & 3)) * 2 + (kind & 1)] =
+            make_uint2(pack2(o[mt][0][2 * hi], o[mt][0][2 * hi + 1]), pack2(o[mt][1][2 * hi], o[mt][1][2 * hi + 1]));
+      }
   }
 }
 
-// features [tiles][32]; y [tiles][KS][32]; w: packed [HIDDEN_Y, 16], [DY, HIDDEN_Y], film; vec: their biases.
-KERNEL(128, DY > 64 ? 2 : 3)
+DEV void store_y(const uint4 (&a)[KS], uint4* shared, uint4* y, int lane) {  // at the tile
+#pragma unroll
+  for (int ks = 0; ks < KS; ks++) shared[ks * 32 + lane] = y[ks * 32 + lane] = a[ks];
+}
+
+// features [tiles][32]; y [tiles][KS][32], a multiple of TILES tiles; w: packed [HIDDEN_Y, 16], [DY, HIDDEN_Y], film; vec:
+// their biases.
+KERNEL(256, 1)
 graph_in(const uint4* features, uint4* y, uint2* film_e, uint2* film_x, const uint4* w, const float* vec) {
-  const int warp = THREAD >> 5, lane = THREAD & 31, tile = BLOCK;
-  uint4 f[1] = {load16(features + tile * 32 + lane)}, a[KS];
-  Rows h;
-  clear(h);
-  add_mlp<1>(h, f, w, vec, w + HIDDEN_Y * 2, HIDDEN_Y / 16, 0, HIDDEN_Y / 16, lane);
-  bias_to(h, vec + HIDDEN_Y, lane);
-  relu_rows(h);
-  to_tiles(a, h);
-  if (warp == 0)
-    for (int ks = 0; ks < KS; ks++) y[(tile * KS + ks) * 32 + lane] = a[ks];
-  film(a, w + HIDDEN_Y * 2 + HIDDEN_Y / 16 * KS * 32, vec + HIDDEN_Y + DY, film_e, film_x, tile, warp, lane);
+  SHARED(shared);
+  uint4* ys = (uint4*)shared;  // [TILES][KS][32]
+  const int warp = THREAD >> 5, lane = THREAD & 31, first = BLOCK * TILES;
+  if (warp < TILES) {
+    const uint4 f = load16(features + (first + warp) * 32 + lane);
+    const uint4* w2 = w + HIDDEN_Y * 2;
+    uint4 a[KS];
+    Rows h;
+    clear(h);
+#pragma unroll 2
+    for (int chunk = 0; chunk < HIDDEN_Y / 16; chunk++) {
+      float hidden[2][4];
+#pragma unroll
+      for (int nt = 0; nt < 2; nt++) {
+        const float2 v = *(const float2*)(vec + chunk * 16 + nt * 8 + (lane & 3) * 2);
+        hidden[nt][0] = hidden[nt][2] = v.x, hidden[nt][1] = hidden[nt][3] = v.y;
+      }
+      const uint4 b = load16(w + chunk * 32 + lane);
+      mma(hidden[0], f, b.x, b.y, hidden[0]);
+      mma(hidden[1], f, b.z, b.w, hidden[1]);
+      add_product(h, pack_tile_relu(hidden[0], hidden[1]), w2 + chunk * KS * 32, lane);
+    }
+    bias_to(h, vec + HIDDEN_Y, lane);
+    relu_rows(h);
+    to_tiles(a, h);
+    store_y(a, ys + warp * KS * 32, y + (first + warp) * KS * 32, lane);
+  }
+  block_sync();
+  film(ys, w + HIDDEN_Y * 2 + HIDDEN_Y / 16 * KS * 32, vec + HIDDEN_Y + DY, film_e, film_x, first, warp, lane);
 }
 
 // z: what pool wrote; y is replaced. w: packed [DY, DY + 1280] of (y_y, x_y, e_y), y_out.0, y_out.2, lin_y1 [2048, DY],
 // lin_y2 [DY, 2048], film of the next layer; vec: sum of the three biases, y_out.0, y_out.2, norm 1 (gamma, beta),
 // lin_y1, lin_y2, norm 2, film.
-KERNEL(128, DY > 64 ? 2 : 3)
+KERNEL(256, 1)
 graph_mid(const uint4* z, uint4* y, uint2* film_e, uint2* film_x, const uint4* w, const float* vec) {
   SHARED(shared);
-  float4* part = (float4*)shared;  // [4][NT][32]
-  const int warp = THREAD >> 5, lane = THREAD & 31, tile = BLOCK;
-  const int steps = (KS + POOL_KS) / 4;
-  uint4 a[KS];
+  float4* part = (float4*)shared;                     // [4][TILES][NT][32]
+  uint4* ys = (uint4*)(part + 4 * TILES * NT * 32);   // [TILES][KS][32]
+  const int warp = THREAD >> 5, lane = THREAD & 31, first = BLOCK * TILES, own = first + warp;
+  Block all;
   Rows h;
-  clear(h);
+#pragma unroll
+  for (int mt = 0; mt < TILES; mt++) clear(all[mt]);
 #pragma unroll UNROLL
-  for (int ks = warp * steps; ks < (warp + 1) * steps; ks++) {
-    const uint4 in = load16(ks < KS ? y + (tile * KS + ks) * 32 + lane : z + (tile * POOL_KS + ks - KS) * 32 + lane);
-    add_product(h, in, w + ks * KS * 32, lane);
-  }
-  sum_warps(h, part, warp, lane);
-  bias_to(h, vec, lane);
-  w += (KS + POOL_KS) * KS * 32, vec += DY;
-#pragma unroll 1
-  for (int layer = 0; layer < 2; layer++) {
-    to_tiles(a, h);
-    clear(h);
+  for (int ks = warp * (KS + POOL_KS) / 8; ks < (warp + 1) * (KS + POOL_KS) / 8; ks++) {
+    uint4 in[TILES];
 #pragma unroll
-    for (int ks = 0; ks < KS; ks++) add_product(h, a[ks], w + ks * KS * 32, lane);
+    for (int mt = 0; mt < TILES; mt++)
+      in[mt] = ks < KS ? y[((first + mt) * KS + ks) * 32 + lane] : load16(z + ((first + mt) * POOL_KS + ks - KS) * 32 + lane);
+    add_products(all, in, w + ks * KS * 32, lane);
+  }
+  sum_warps(h, all, part, warp, lane);
+  if (warp < TILES) {
     bias_to(h, vec, lane);
-    if (layer == 0) relu_rows(h);
-    w += KS * KS * 32, vec += DY;
+    uint4 a[KS];
+    const uint4* m = w + (KS + POOL_KS) * KS * 32;
+    const float* v = vec + DY;
+#pragma unroll 1
+    for (int layer = 0; layer < 2; layer++) {
+      to_tiles(a, h);
+      clear(h);
+#pragma unroll
+      for (int ks = 0; ks < KS; ks++) add_product(h, a[ks], m + ks * KS * 32, lane);
+      bias_to(h, v, lane);
+      if (layer == 0) relu_rows(h);
+      m += KS * KS * 32, v += DY;
+    }
+#pragma unroll
+    for (int ks = 0; ks < KS; ks++) add_tile(h[2 * ks], h[2 * ks + 1], y[(own * KS + ks) * 32 + lane]);
+    layer_norm<NT>(h, v, v + DY, lane);
+    to_tiles(a, h);
+#pragma unroll
+    for (int ks = 0; ks < KS; ks++) ys[(warp * KS + ks) * 32 + lane] = a[ks];
   }
-#pragma unroll
-  for (int ks = 0; ks < KS; ks++) add_tile(h[2 * ks], h[2 * ks + 1], y[(tile * KS + ks) * 32 + lane]);
-  layer_norm<NT>(h, vec, vec + DY, lane);
-  vec += 2 * DY;
-  to_tiles(a, h);
+  block_sync();
 
-  clear(h);  // y itself is still there as a
-  add_mlp<KS>(h, a, w, vec, w + KS * (FFY / 16) * 32, FFY / 16, warp * (FFY / 64), (warp + 1) * (FFY / 64), lane);
-  w += 2 * KS * (FFY / 16) * 32, vec += FFY;
-  sum_warps(h, part, warp, lane);
-  bias_to(h, vec, lane);
-  vec += DY;
+  w += ((KS + POOL_KS) + 2 * KS) * KS * 32, vec += 5 * DY;
 #pragma unroll
-  for (int ks = 0; ks < KS; ks++) add_tile(h[2 * ks], h[2 * ks + 1], a[ks]);
-  layer_norm<NT>(h, vec, vec + DY, lane);
-  vec += 2 * DY;
-  to_tiles(a, h);
-  if (warp == 0)  // every warp has read y: there are barriers above
-    for (int ks = 0; ks < KS; ks++) y[(tile * KS + ks) * 32 + lane] = a[ks];
-  film(a, w, vec, film_e, film_x, tile, warp, lane);
+  for (int mt = 0; mt < TILES; mt++) clear(all[mt]);
+  add_mlp<KS>(all, ys, w, vec, w + KS * (FFY / 16) * 32, FFY / 16, warp * (FFY / 128), (warp + 1) * (FFY / 128), lane);
+  sum_warps(h, all, part, warp, lane);
+  w += 2 * KS * (FFY / 16) * 32, vec += FFY;
+  if (warp < TILES) {
+    uint4 a[KS];
+    bias_to(h, vec, lane);
+#pragma unroll
+    for (int ks = 0; ks < KS; ks++) add_tile(h[2 * ks], h[2 * ks + 1], ys[(warp * KS + ks) * 32 + lane]);
+    layer_norm<NT>(h, vec + DY, vec + 2 * DY, lane);
+    to_tiles(a, h);
+    store_y(a, ys + warp * KS * 32, y + own * KS * 32, lane);
+  }
+  block_sync();
+  film(ys, w, vec + 3 * DY, film_e, film_x, first, warp, lane);
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from bitdgdm.kernels.pack import pack_weight
+from bitdgdm.kernels.pack import pack_code_slabs, pack_slabs, pack_weight
 
 LOG2E = math.log2(math.e)
 DX, DE, FFX, FFE, FFY = 256, 64, 256, 128, 2048  # what the kernels are written for
@@ -54,7 +54,8 @@ class Shape:
     def defines(self) -> dict[str, dict[str, int]]:
         """Macros of the sources that depend on the shape."""
         in_ks = {"IN_KS": -(-self.channels_x // 16)}
-        return {"features": in_ks, "node": in_ks, "graph_path": {"DY": self.dy, "HIDDEN_Y": self.hidden_y}}
+        sources = ("features", "node", "node_wg", "node_wg_s8")
+        return {**dict.fromkeys(sources, in_ks), "graph_path": {"DY": self.dy, "HIDDEN_Y": self.hidden_y}}
 
 
 def supports(weights: Mapping[str, Tensor], shape: Shape) -> tuple[bool, str]:
@@ -86,6 +87,17 @@ def supports(weights: Mapping[str, Tensor], shape: Shape) -> tuple[bool, str]:
 
 
 @dataclass(frozen=True)
+class Integers:
+    """A Linear in 8 bit: W ~ codes * scale[:, None], its input rounded at run time with one scale a row.
+
+    codes: int8[out, in]; scale: float32[out].
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
 class Layer:
     """Packed weights of one layer, on the device. Layouts are written at the kernels. None where nothing reads it."""
 
@@ -95,7 +107,7 @@ class Layer:
     w_e_out: Tensor
     e_out_vec: Tensor
     ffn1: Tensor
-    ffn2: Tensor
+    ffn2: Tensor | None
     ffn_vec: Tensor
     node: Tensor
     node_vec: Tensor
@@ -109,6 +121,8 @@ class Network:
     """All of a network, on the device."""
 
     shape: Shape
+    hopper: bool  # packed for the kernels that end in _wg
+    int8: bool  # products of the node path in s8
     layers: tuple[Layer, ...]
     edge_table: Tensor  # bf16[classes + 1, 64]
     node_in: Tensor
@@ -120,24 +134,45 @@ class Network:
     feature_table: Tensor  # float64: max weight, T, weights
 
 
-def prepare(weights: Mapping[str, Tensor], shape: Shape, device: torch.device) -> Network:
-    """Pack a network. weights: float32, named as published. Raises: ValueError with the reason of `supports`."""
+def prepare(
+    weights: Mapping[str, Tensor], shape: Shape, device: torch.device, *, hopper: bool | None = None,
+    integers: Mapping[str, Integers] | None = None,
+) -> Network:
+    """Pack a network. weights: float32, named as published. Raises: ValueError with the reason of `supports`.
+
+    hopper: for the kernels of sm_90a rather than those of any GPU; None asks the device. integers: by name of a Linear,
+    instead of its weight.
+    """
+    integers = integers or {}
+    weights = dict(weights) | {f"{name}.weight": c.codes.float() * c.scale.float()[:, None] for name, c in integers.items()}
+    if hopper is None:
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     ok, reason = supports(weights, shape)
     if not ok:
         raise ValueError(reason)
     w = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in weights.items()}
+    pack = pack_slabs if hopper else pack_weight
 
     def packed(*names: str, rows: int | None = None, cols: int | None = None) -> Tensor:
-        parts = [pack_weight(w[f"{name}.weight"], rows, cols).flatten() for name in names]
+        parts = [pack(w[f"{name}.weight"], rows, cols).flatten() for name in names]
         return torch.cat(parts).to(device)
+
+    int8 = hopper and "tf_layers.0.linX1" in integers
+
+    def node_linear(name: str, factor: float = 1.0) -> tuple[Tensor, list[Tensor]]:
+        """Packed weight as bytes, bias and (8 bit) scales."""
+        bias = w[f"{name}.bias"] * factor
+        if int8:
+            return pack_code_slabs(integers[name].codes.cpu()).flatten().view(torch.uint8), [bias, integers[name].scale.cpu() * factor]
+        return pack(w[f"{name}.weight"] * factor).flatten().view(torch.uint8), [bias]
+
+    def node_linears(*names: str) -> tuple[list[Tensor], list[Tensor]]:
+        query = LOG2E / math.sqrt(DX // shape.heads)
+        parts = [node_linear(n, query if n.endswith(".q") else 1.0) for n in names]
+        return [m for m, _ in parts], [v for _, vec in parts for v in vec]
 
     def vector(*parts: Tensor) -> Tensor:
         return torch.cat([p.flatten() for p in parts]).to(device, torch.float32)
-
-    def query(i: int) -> tuple[Tensor, Tensor]:
-        scale = LOG2E / math.sqrt(DX // shape.heads)
-        name = f"tf_layers.{i}.self_attn.q"
-        return w[f"{name}.weight"] * scale, w[f"{name}.bias"] * scale
 
     def film(i: int) -> tuple[Tensor, Tensor]:
         name = f"tf_layers.{i}.self_attn"
@@ -148,11 +183,6 @@ def prepare(weights: Mapping[str, Tensor], shape: Shape, device: torch.device) -
             m[kind], b[kind] = w[f"{name}.{kind}.weight"] * scale, (w[f"{name}.{kind}.bias"] + one) * scale
         return torch.cat([pack_weight(x).flatten() for x in m.values()]), torch.cat(list(b.values()))
 
-    def qkv(i: int) -> tuple[Tensor, list[Tensor]]:
-        name, (q, q_bias) = f"tf_layers.{i}.self_attn", query(i)
-        parts = [q, w[f"{name}.k.weight"], w[f"{name}.v.weight"]]
-        return torch.cat([pack_weight(p).flatten() for p in parts]), [q_bias, w[f"{name}.k.bias"], w[f"{name}.v.bias"]]
-
     pads = _padding(w, shape.layers)
     layers = []
     for i in range(shape.layers):
@@ -160,34 +190,36 @@ def prepare(weights: Mapping[str, Tensor], shape: Shape, device: torch.device) -
         block = f"{at}.self_attn"
         mul, add = w[f"{block}.e_mul.bias"] + 1, w[f"{block}.e_add.bias"] * LOG2E
         norms = [w[f"{at}.{n}.{kind}"] for n in ("normX1", "normX2") for kind in ("weight", "bias")]
-        biases = [w[f"{at}.{n}.bias"] for n in ("self_attn.x_out", "linX1", "linX2")]
-        node = [packed(f"{block}.x_out", f"{at}.linX1", f"{at}.linX2").cpu()]
+        names = [f"{block}.x_out", f"{at}.linX1", f"{at}.linX2"]
+        node, biases = node_linears(*names, *([] if last else [f"tf_layers.{i + 1}.self_attn.{n}" for n in "qkv"]))
         if last:
-            node += [pack_weight(w["mlp_out_X.0.weight"]).flatten(), pack_weight(w["mlp_out_X.2.weight"], rows=16).flatten()]
-            out = torch.zeros(512)
+            node += [packed("mlp_out_X.0").cpu().view(torch.uint8), packed("mlp_out_X.2", rows=16).cpu().view(torch.uint8)]
+            out = torch.zeros(16 if hopper else 512)
             out[: shape.classes_x] = w["mlp_out_X.2.bias"]
             biases += [w["mlp_out_X.0.bias"], out]
-        else:
-            more, bias = qkv(i + 1)
-            node, biases = [*node, more], [*biases, *bias]
         ffn_vec = [w[f"{at}.linE1.bias"], w[f"{at}.linE2.bias"], w[f"{at}.normE2.weight"], w[f"{at}.normE2.bias"]]
         if last:
-            out_e = torch.zeros(8)
+            out_e = torch.zeros(16)
             out_e[: shape.classes_e] = w["mlp_out_E.2.bias"]
             ffn_vec += [w["mlp_out_E.0.bias"], out_e]
+        pairs = [b.view(16, 2, 4, 2) for b in (mul, add)]
+        score_bias = torch.stack([p for p in pairs for _ in (0, 1)], dim=3) if hopper else torch.stack(pairs, dim=3)
+        ffn = [packed(f"{at}.linE1"), packed(f"{at}.linE2")]
+        if hopper and last:
+            ffn += [packed("mlp_out_E.0"), packed("mlp_out_E.2", rows=16)]
         graph = graph_vec = pad = None
         if not last:
             graph, graph_vec = _graph_layer(w, at, *film(i + 1))
             graph, graph_vec, pad = graph.to(device), graph_vec.to(device), vector(*pads[i])
         layers.append(
             Layer(
-                w_mul=packed(f"{block}.e_mul"),
+                w_mul=pack_weight(w[f"{block}.e_mul.weight"]).to(device),
                 w_add=pack_weight(w[f"{block}.e_add.weight"] * LOG2E).to(device),
-                score_bias=torch.stack((mul.view(128, 2), add.view(128, 2)), dim=1).contiguous().to(device),
+                score_bias=score_bias.contiguous().to(device),
                 w_e_out=packed(f"{block}.e_out"),
                 e_out_vec=vector(w[f"{block}.e_out.bias"], w[f"{at}.normE1.weight"], w[f"{at}.normE1.bias"]),
-                ffn1=packed(f"{at}.linE1"),
-                ffn2=packed(f"{at}.linE2"),
+                ffn1=torch.cat(ffn) if hopper else ffn[0],
+                ffn2=None if hopper else ffn[1],
                 ffn_vec=vector(*ffn_vec),
                 node=torch.cat(node).to(device),
                 node_vec=vector(*biases, *norms),
@@ -197,16 +229,20 @@ def prepare(weights: Mapping[str, Tensor], shape: Shape, device: torch.device) -
             )
         )
 
-    first, first_bias = qkv(0)
+    first, first_bias = node_linears(*(f"tf_layers.0.self_attn.{n}" for n in "qkv"))
     graph_film, graph_film_bias = film(0)
-    in_x = packed("mlp_in_X.0", cols=-(-shape.channels_x // 16) * 16).cpu()
+    in_x = packed("mlp_in_X.0", cols=-(-shape.channels_x // 16) * 16).cpu().view(torch.uint8)
     return Network(
         shape,
+        hopper,
+        int8,
         tuple(layers),
         edge_table=_edge_table(w, shape.classes_e).to(device, torch.bfloat16),
-        node_in=torch.cat((in_x, packed("mlp_in_X.2").cpu(), first)).to(device),
+        node_in=torch.cat((in_x, packed("mlp_in_X.2").cpu().view(torch.uint8), *first)).to(device),
         node_in_vec=vector(w["mlp_in_X.0.bias"], w["mlp_in_X.2.bias"], *first_bias),
-        graph_in=torch.cat((packed("mlp_in_y.0", cols=16).cpu(), packed("mlp_in_y.2").cpu(), graph_film)).to(device),
+        graph_in=torch.cat(
+            (pack_weight(w["mlp_in_y.0.weight"], cols=16).flatten(), pack_weight(w["mlp_in_y.2.weight"]).flatten(), graph_film)
+        ).to(device),
         graph_in_vec=vector(w["mlp_in_y.0.bias"], w["mlp_in_y.2.bias"], graph_film_bias),
         edge_out1=packed("mlp_out_E.0"),
         edge_out2=packed("mlp_out_E.2", rows=16),

@@ -30,17 +30,50 @@ DEV u32 pack2(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
 }
+DEV u32 pack2_relu(float low, float high) {
+  u32 d;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
 DEV float as_float(u32 bits) { return __uint_as_float(bits); }
 DEV u32 fma2(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
+DEV u32 mul2(u32 a, u32 b) {
+  u32 d;  // as a sum with -0: mul.bf16x2 is of sm_90
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+  return d;
+}
+DEV u32 min2(u32 a, u32 b) {
+  u32 d;
+  asm("min.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+DEV u32 max2(u32 a, u32 b) {
+  u32 d;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+DEV float sqrt_fast(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEV float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 DEV float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+DEV float reciprocal(float a) { return __frcp_rn(a); }
+DEV u32 bits_of(float a) { return __float_as_uint(a); }
+DEV u32 pick_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
 DEV float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 DEV float add_rn(float a, float b) { return __fadd_rn(a, b); }
 DEV float div_fast(float a, float b) { return __fdividef(a, b); }
@@ -80,6 +113,21 @@ DEV float quad_sum(float v) {
   return v + lane_xor(v, 2);
 }
 
+// Largest of the four lanes that share a row.
+DEV float quad_max(float v) {
+  v = fmaxf(v, lane_xor(v, 1));
+  return fmaxf(v, lane_xor(v, 2));
+}
+
+// Scale of a row of s8 codes with largest |x| `top`, and four codes; one rounding an operation, as quant/linear.py has it.
+DEV float row_scale(float top) { return fmaxf(mul_rn(top, 1.0f / 127), 1.17549435e-38f); }
+DEV u32 code4(float a, float b, float c, float d, float inverse) {
+  const float even = 12582912.0f;  // 1.5 * 2^23: the sum's low byte is the code, rounded half to even
+  const u32 ab = pick_bytes(bits_of(add_rn(mul_rn(a, inverse), even)), bits_of(add_rn(mul_rn(b, inverse), even)), 0x0040);
+  const u32 cd = pick_bytes(bits_of(add_rn(mul_rn(c, inverse), even)), bits_of(add_rn(mul_rn(d, inverse), even)), 0x0040);
+  return pick_bytes(ab, cd, 0x5410);
+}
+
 // Offset in 16-bit units of (row, channel) inside a 16-row tile of any number of channels, in fragment order.
 DEV int tile_offset(int row, int channel) {
   return ((channel >> 4) * 32 + (row & 7) * 4 + ((channel & 7) >> 1)) * 8 + ((channel >> 3) & 1) * 4 +
@@ -99,6 +147,15 @@ DEV uint4 pack_tile(const float (&first)[4], const float (&second)[4]) {
   d.y = pack2(first[2], first[3]);
   d.z = pack2(second[0], second[1]);
   d.w = pack2(second[2], second[3]);
+  return d;
+}
+
+DEV uint4 pack_tile_relu(const float (&first)[4], const float (&second)[4]) {
+  uint4 d;
+  d.x = pack2_relu(first[0], first[1]);
+  d.y = pack2_relu(first[2], first[3]);
+  d.z = pack2_relu(second[0], second[1]);
+  d.w = pack2_relu(second[2], second[3]);
   return d;
 }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitdgdm.kernels.build import SOURCES
+from bitdgdm.kernels.build import SOURCES, source_text
 from bitdgdm.kernels.launch import arguments
 
 HERE = Path(__file__).resolve().parent / "emulator"
@@ -34,8 +34,8 @@ class Emulator:
     def _library(self, source: str) -> ctypes.CDLL:
         if source not in self._libraries:
             flags = [f"-D{k}={v}" for k, v in self._defines.get(source, {}).items()]
-            files = [SOURCES / f"{source}.cu", SOURCES / "warp.cuh", HERE / "emulator.h", HERE / "emulator.cpp"]
-            text = "\0".join([*flags, *(f.read_text() for f in files)])
+            files = [SOURCES / f"{source}.cu", HERE / "emulator.cpp"]
+            text = "\0".join([*flags, source_text(f"{source}.cu"), *(f.read_text() for f in sorted(HERE.iterdir()))])
             folder = Path(tempfile.gettempdir()) / f"bitdgdm-emulator-{os.getuid()}"
             folder.mkdir(exist_ok=True)
             path = folder / f"{source}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
@@ -43,7 +43,7 @@ class Emulator:
                 made = path.with_suffix(f".{os.getpid()}")
                 command = ["g++", "-std=c++17", "-O1", "-fno-fast-math", "-ffp-contract=off", "-shared", "-fPIC", "-w"]
                 command += ["-Wno-unknown-pragmas", "-DBITDGDM_EMULATE", *flags, "-I", str(HERE), "-I", str(SOURCES)]
-                command += ["-o", str(made), "-x", "c++", str(files[0]), str(files[3])]
+                command += ["-o", str(made), "-x", "c++", *map(str, files)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 assert done.returncode == 0, done.stderr
                 os.replace(made, path)

@@ -1,5 +1,6 @@
 // The fibers of the emulator: one block at a time, its threads in turn.
 #include "emulator.h"
+#include "emulator_hopper.h"
 
 #include <ucontext.h>
 
@@ -8,6 +9,7 @@ u8* shared;
 int current, block, blocks, threads, block_count;
 u64 block_generation;
 std::vector<Warp> warps;
+Named named[16];
 
 static ucontext_t home;
 static std::vector<ucontext_t> fibers;
@@ -60,6 +62,7 @@ extern "C" void emulate(void* fn, int grid, int block_threads, int shared_bytes,
     done.assign(threads, false);
     warps.assign((threads + 31) / 32, Warp());
     left = threads, block_count = 0;
+    for (Named& n : named) n = Named();
     for (int i = 0; i < threads; i++) {
       getcontext(&fibers[i]);
       fibers[i].uc_stack.ss_sp = stacks[i];

@@ -24,6 +24,7 @@ struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct uint2 { u32 x, y; };
 static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static inline int min(int a, int b) { return a < b ? a : b; }
@@ -80,12 +81,32 @@ DEV u32 bf16_bits(float x) {
   return (b + 0x7fff + ((b >> 16) & 1)) >> 16;
 }
 DEV u32 pack2(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+DEV u32 pack2_relu(float low, float high) { return pack2(low > 0 ? low : 0, high > 0 ? high : 0); }
 DEV u32 fma2(u32 a, u32 b, u32 c) {
   const float l = fmaf(as_float(a << 16), as_float(b << 16), as_float(c << 16));
   const float h = fmaf(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u), as_float(c & 0xffff0000u));
   return pack2(l, h);
 }
+DEV u32 mul2(u32 a, u32 b) {
+  return pack2(as_float(a << 16) * as_float(b << 16), as_float(a & 0xffff0000u) * as_float(b & 0xffff0000u));
+}
+DEV u32 min2(u32 a, u32 b) {
+  return pack2(fminf(as_float(a << 16), as_float(b << 16)), fminf(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u)));
+}
+DEV u32 max2(u32 a, u32 b) {
+  return pack2(fmaxf(as_float(a << 16), as_float(b << 16)), fmaxf(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u)));
+}
+DEV float sqrt_fast(float x) { return sqrtf(x); }
+DEV float reciprocal_fast(float x) { return 1.0f / x; }
 DEV float exp2_fast(float x) { return exp2f(x); }
+DEV float reciprocal(float a) { return 1.0f / a; }
+DEV u32 bits_of(float a) { return as_bits(a); }
+DEV u32 pick_bytes(u32 a, u32 b, u32 which) {
+  const u64 both = a | (u64)b << 32;
+  u32 d = 0;
+  for (int i = 0; i < 4; i++) d |= (u32)(both >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+  return d;
+}
 DEV float mul_rn(float a, float b) { volatile float p = a * b; return p; }
 DEV float add_rn(float a, float b) { volatile float s = a + b; return s; }
 DEV float div_fast(float a, float b) { return a / b; }
