@@ -185,7 +185,7 @@ def _watch(campaign: Campaign, results: Any, board: Any, sizes: dict[int, int], 
             for row in results.iter_rows():
                 arrived.put(row)
             arrived.put(end)
-        except Exception as e:  # the end of this thread: what isn't handed over would look like a stuck campaign
+        except Exception as e:  # noqa: BLE001  the end of this thread: what isn't handed over would look like a stuck campaign
             arrived.put(e)
 
     threading.Thread(target=consume, daemon=True, name="outcomes").start()

@@ -9,11 +9,12 @@ from bitdgdm.infra.commit import read_commits, read_quarantine
 from bitdgdm.infra.errors import StorageUnavailable
 from bitdgdm.infra.storage import Store
 from bitdgdm.pipelines.campaign import Campaign
-from bitdgdm.pipelines.generate import run_campaign
+from bitdgdm.pipelines.generate import run_campaign, unit_job
 from bitdgdm.pipelines.spec import make_spec
 from bitdgdm.pipelines.status import read_status
 from bitdgdm.pipelines.submit import open_campaign, resume_campaign
-from bitdgdm.tasks.sample_unit import UnitWorker
+from bitdgdm.tasks.progress_board import ProgressBoard
+from bitdgdm.tasks.sample_unit import MAX_DEATHS, BoardedUnitWorker, UnitWorker
 
 SPEC = {"model": "builtin:digress-qm9", "count": 12, "steps": 2, "unit_size": 4, "micro_batch": 4, "executor": "local",
         "max_attempts": 2, "alerts": False}  # fmt: skip
@@ -99,3 +100,38 @@ def test_every_shard_names_where_it_came_from(campaign: tuple[Campaign, Store]) 
         assert footer["fingerprint"] == campaign[0].fingerprint
         assert footer["model"]["digest"] == campaign[0].model["digest"]
         assert {"seed", "steps", "unit", "hardware", "code_version"} <= set(footer)
+
+
+def test_another_commit_of_the_code_is_in_the_records_and_not_in_the_shards(
+    campaign: tuple[Campaign, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = open_campaign(make_spec(SPEC | {"out": str(tmp_path / "there")}))
+    here = run_campaign(*campaign, quiet=True)
+    monkeypatch.setattr("bitdgdm.tasks.sample_unit.code_version", lambda: "0.1.0+gother")
+    assert run_campaign(*there, quiet=True).digest == here.digest
+    assert {r.code_version for r in read_commits(there[1]).values()} == {"0.1.0+gother"}
+
+
+class _Board:
+    """Stands for the ProgressBoard actor; `begin` and `report` answer at once."""
+
+    class _Method:
+        def __init__(self, function: Any) -> None:
+            self.remote = function
+
+    def __init__(self, board: Any) -> None:
+        self.begin, self.report = self._Method(board.begin), self._Method(board.report)
+
+
+def test_a_unit_that_keeps_killing_its_workers_is_set_aside_without_another_try(
+    campaign: tuple[Campaign, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ProgressBoard.__ray_metadata__.modified_class()
+    monkeypatch.setattr("ray.get", lambda value: value)
+    worker = BoardedUnitWorker(unit_job(campaign[0]), _Board(plain))
+    calls = _fail(monkeypatch, 0, ValueError())
+    for _ in range(MAX_DEATHS):
+        plain.begin(1)  # and the process is gone
+    assert worker.run(1, 4, 4)["outcome"] == "quarantined"
+    assert calls == [] and read_quarantine(campaign[1])[1].error_type == "WorkerDied"
+    assert worker.run(1, 4, 4)["outcome"] == "committed", "what ended, also by being set aside, starts anew"
