@@ -8,8 +8,11 @@ Knows nothing of: how the graphs were sampled, where the shard goes.
 import io
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +53,15 @@ _scoring: Scoring | None = (
 def _begin(scoring: Scoring) -> None:
     global _scoring
     _scoring = scoring
+    threading.Thread(target=_end_with_parent, daemon=True, name="end-with-parent").start()
+
+
+def _end_with_parent() -> None:
+    """A killed actor can't stop its pool: without this its processes would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _score_chunk(graphs: Graphs, first_id: int) -> pa.Table:
@@ -61,25 +73,29 @@ class Scorer:
     """Scores units in this process, or in `processes` of them when a GPU would wait for RDKit."""
 
     def __init__(self, scoring: Scoring, processes: int = 0) -> None:
-        self._scoring = scoring
+        self._scoring, self._processes = scoring, processes
+        self._pool = self._start() if processes > 1 else None
+
+    def _start(self) -> ProcessPoolExecutor:
         # spawn: a forked child would inherit CUDA and Ray state that it can't use
-        self._pool = (
-            ProcessPoolExecutor(
-                processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(scoring,)
-            )
-            if processes > 1
-            else None
-        )
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self._processes, context, initializer=_begin, initargs=(self._scoring,))
 
     def table(self, graphs: Graphs, first_id: int) -> pa.Table:
         """Return the scored rows of a unit."""
         if self._pool is None:
             return self._scoring.table(graphs, first_id)
         starts = range(0, len(graphs), _CHUNK)
-        parts = self._pool.map(
-            _score_chunk, [graphs[i : i + _CHUNK] for i in starts], [first_id + i for i in starts]
-        )
-        return pa.concat_tables(list(parts)).combine_chunks()
+        try:
+            parts = list(
+                self._pool.map(
+                    _score_chunk, [graphs[i : i + _CHUNK] for i in starts], [first_id + i for i in starts]
+                )
+            )
+        except BrokenProcessPool:  # a process died at this unit; the next attempt must find a whole pool
+            self._pool = self._start()
+            raise
+        return pa.concat_tables(parts).combine_chunks()
 
     def shard(
         self, graphs: Graphs, first_id: int, footer: Mapping[str, Any]
