@@ -20,7 +20,9 @@ DEV u64 slab(const void* shared, int rows) {
 DEV void barrier_init(u64* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"((u32)__cvta_generic_to_shared(b)), "r"(arrivals) : "memory");
 }
-DEV void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEV void barrier_init_done() {  // seen by the other blocks of a cluster and by bulk copies
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
 DEV void barrier_expect(u64* b, u32 bytes) {  // arrive, and wait for so many copied bytes
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                :: "r"((u32)__cvta_generic_to_shared(b)), "r"(bytes) : "memory");
