@@ -60,7 +60,7 @@ def load_campaign(url: str) -> Campaign:
 def read_campaign(store: Store) -> Campaign:
     """Return the campaign in `store`. Raises: CampaignNotFound, BadInput for a record of another version."""
     try:
-        return Campaign.model_validate_json(store.read(CAMPAIGN_FILE))
+        campaign = Campaign.model_validate_json(store.read(CAMPAIGN_FILE))
     except FileNotFoundError as e:
         raise CampaignNotFound(store.url) from e
     except ValidationError as e:
@@ -68,3 +68,5 @@ def read_campaign(store: Store) -> Campaign:
             f"{store.path(CAMPAIGN_FILE)} can't be read by bitdgdm {VERSION}: {str(e).splitlines()[0]}. "
             "Use the version that wrote it, or a new --out"
         ) from e
+    here = campaign.spec.model_copy(update={"out": store.url})  # it may have been moved or copied since
+    return campaign.model_copy(update={"spec": here})

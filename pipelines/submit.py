@@ -21,7 +21,6 @@ from bitdgdm.pipelines.campaign import (
     CAMPAIGN_FILE,
     SCHEMA_VERSION,
     Campaign,
-    load_campaign,
     model_key,
     read_campaign,
     reference_key,
@@ -90,12 +89,13 @@ def open_campaign(spec: CampaignSpec) -> tuple[Campaign, Store]:
         raise BadInput(
             "memory:// lives in one process, the workers can't see it. Use a folder or s3://, or --executor local"
         )
-    probe_create_only(store)
     model = open_model(spec.model)
-    resolved = resolve_spec(spec, model)
+    # workers may stand in another folder, so the place is kept in full
+    resolved = resolve_spec(spec, model).model_copy(update={"out": store.url})
     reference = load_reference(resolved.novelty) if resolved.novelty else None
     identity = identity_of(resolved, model, reference)
     mark = fingerprint(identity)
+    probe_create_only(store)  # the first write: bad input before it leaves nothing behind
     if store.exists(CAMPAIGN_FILE):
         return _same(read_campaign(store), mark, identity), store
     campaign = Campaign(
@@ -118,13 +118,12 @@ def resume_campaign(url: str, given: dict[str, Any]) -> tuple[Campaign, Store]:
     Raises: CampaignNotFound, SpecChanged, SpecInvalid.
     """
     store = open_store(url)
+    stored = read_campaign(store)
     probe_create_only(store)
-    stored = load_campaign(url)
-    given = {k: v for k, v in given.items() if k != "out"}
-    if "model" in given and open_model(given["model"]).digest != stored.model["digest"]:
-        raise SpecChanged(url, "model", stored.model["digest"], open_model(given["model"]).digest)
-    given.pop("model", None)
-    merged = make_spec({**stored.spec.model_dump(), **given, "out": url}, "the spec")
+    if "model" in given and (digest := open_model(given["model"]).digest) != stored.model["digest"]:
+        raise SpecChanged(url, "model", stored.model["digest"], digest)
+    given = {key: value for key, value in given.items() if key not in ("model", "out")}
+    merged = make_spec({**stored.spec.model_dump(), **given}, "the spec")
     for key in IDENTITY:
         if getattr(merged, key) != getattr(stored.spec, key):
             raise SpecChanged(url, key, getattr(stored.spec, key), getattr(merged, key))
