@@ -6,14 +6,13 @@ Knows nothing of: where the registry keeps its files.
 """
 
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitdgdm.infra import registry
 from bitdgdm.infra.errors import ArtifactCorrupt
-from bitdgdm.pipelines.model_files import MODEL_FILE, describe, is_source_file, locate
+from bitdgdm.pipelines.model_files import MODEL_FILE, describe, fetch, is_source_file, locate
 from bitdgdm.quant.artifact import load_artifact
 
 
@@ -82,18 +81,16 @@ def pull_model(model: str, to: Path) -> Pulled:
     uri = full_uri(model)
     if not uri.startswith("models:"):
         resolved, path = locate(uri)
-        folder = path.parent
-        files = [path]
+        files, expected = [path], None
     else:
         version = registry.resolve(uri)
         resolved = version.uri
-        folder = registry.download(version, Path(tempfile.mkdtemp(prefix="bitdgdm-pull-")))
+        folder = fetch(version)
         files = sorted(p for p in folder.iterdir() if p.is_file())
-        path = folder / MODEL_FILE
+        path, expected = folder / MODEL_FILE, version.tags.get("artifact_sha256")
     found = describe(resolved, path)
     if found.kind == "artifact":
         load_artifact(path)
-    expected = registry.resolve(uri).tags.get("artifact_sha256") if uri.startswith("models:") else None
     if expected and expected != found.digest:
         raise ArtifactCorrupt(
             str(path), f"its digest is {found.digest[:16]}, the registry says {expected[:16]}"

@@ -5,12 +5,15 @@ and the file. Both kinds are served: source models (full precision) and quantize
 Knows nothing of: campaigns. Workers never see a URI, they read the copy that a campaign keeps.
 """
 
+import atexit
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitdgdm.infra import registry
-from bitdgdm.infra.errors import BitDGDMError, ModelNotFound
+from bitdgdm.infra.errors import ModelNotFound
+from bitdgdm.infra.registry import ModelVersion
 from bitdgdm.models.digress import DigressConfig
 from bitdgdm.models.source import BUILTIN_PREFIX, builtin_path, is_source_file, load_source
 from bitdgdm.quant.artifact import read_header
@@ -51,14 +54,20 @@ def locate(uri: str) -> tuple[str, Path]:
         return uri, builtin_path(uri)
     if uri.startswith("models:"):
         version = registry.resolve(uri)
-        folder = registry.download(version, Path(tempfile.mkdtemp(prefix="bitdgdm-model-")))
-        return version.uri, folder / MODEL_FILE
+        return version.uri, fetch(version) / MODEL_FILE
     path = Path(uri)
     if path.is_dir():
         path = path / MODEL_FILE
     if not path.is_file():
         raise ModelNotFound(uri, f"{path} is no file")
     return str(path), path
+
+
+def fetch(version: ModelVersion) -> Path:
+    """Return a folder with the files of `version`; it goes with this process. Raises: RegistryUnavailable."""
+    folder = Path(tempfile.mkdtemp(prefix="bitdgdm-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return registry.download(version, folder)
 
 
 def open_model(uri: str) -> ModelFile:
@@ -83,12 +92,3 @@ def describe(uri: str, path: Path) -> ModelFile:
         uri, path, "artifact", header.digest, header.recipe.name, str(header.source.get("name", "model")),
         DigressConfig.from_dict(header.model_config), {k: str(v) for k, v in header.source.items()},
     )  # fmt: skip
-
-
-def exists(uri: str) -> bool:
-    """Return whether `uri` resolves."""
-    try:
-        locate(uri)
-    except BitDGDMError:
-        return False
-    return True
