@@ -1,13 +1,14 @@
 """The engine that runs a DiGress network by our CUDA kernels, all steps of a batch on the device.
 
 Guarantees: a graph's bytes are a function of (network, seed, id, times), whatever the batch (law L1), so a batch that
-doesn't fit into the device's memory is cut; a network that the kernels can't compute as its recipe says is refused
-with the reason, never computed in another way.
+doesn't fit into the device's memory is cut; a network whose recipe the kernels don't know is refused with the reason.
+Of an 8-bit recipe (absmax, one scale a row) the products of nodes run on integers, exactly as QuantLinear rounds
+them; the products of edges and of y run in bf16 on the dequantized weights, so their inputs aren't rounded to 8 bit.
 Knows nothing of: how a kernel works, files, campaigns. Errors of the kernels' floor become this project's here.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -17,7 +18,7 @@ from bitdgdm.infra.errors import DeviceMemoryFull, KernelsUnavailable
 from bitdgdm.kernels.build import CompilerMissing, KernelBroken
 from bitdgdm.kernels.denoise import Denoiser, Noise
 from bitdgdm.kernels.launch import Device, Launcher, PyCudaMissing
-from bitdgdm.kernels.network import Shape, prepare, supports
+from bitdgdm.kernels.network import Integers, Shape, prepare, supports
 from bitdgdm.kernels.step_graph import denoise, open_device
 from bitdgdm.kernels.toolchain import missing
 from bitdgdm.models.digress_config import DigressConfig
@@ -26,6 +27,7 @@ from bitdgdm.quant.linear import QuantLinear
 
 log = logging.getLogger("bitdgdm.engine")
 OLDEST = (8, 0)  # bf16 mma.sync and cp.async
+INTEGERS_ON = (9, 0)
 
 
 def kernel_shape(config: DigressConfig) -> Shape:
@@ -39,25 +41,54 @@ def kernel_shape(config: DigressConfig) -> Shape:
 
 def refusal(network: nn.Module, config: DigressConfig) -> str:
     """Why the kernels can't run `network` on this machine's current GPU, or "" if they can."""
-    return _recipe_refusal(network) or _shape_refusal(network, config) or missing() or _device_refusal()
+    return _network_refusal(network, config) or missing() or _device_refusal(_rounded(network))
 
 
-def _recipe_refusal(network: nn.Module) -> str:
-    for module in network.modules():
-        if isinstance(module, QuantLinear) and module.recipe.act_quantized:
-            return f"they don't compute recipe {module.recipe.name} yet"
-    return ""
+def _rounded(network: nn.Module) -> dict[str, QuantLinear]:
+    """The Linears that round their input at run time."""
+    named = network.named_modules()
+    return {name: m for name, m in named if isinstance(m, QuantLinear) and m.recipe.act_quantized}
 
 
-def _shape_refusal(network: nn.Module, config: DigressConfig) -> str:
-    ok, reason = supports(dict(network.state_dict()), kernel_shape(config))
+def _network_refusal(network: nn.Module, config: DigressConfig) -> str:
+    for module in _rounded(network).values():
+        r = module.recipe
+        if (r.weight_bits, r.act_bits, r.rank, r.alpha, r.act_asymmetric, r.outlier_sigma) != (
+            8,
+            8,
+            0,
+            0,
+            False,
+            None,
+        ):
+            return f"they don't compute recipe {r.name}"
+    ok, reason = supports(_weights(network), kernel_shape(config))
     return "" if ok else reason
 
 
-def _device_refusal() -> str:
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    """Every weight and bias by its published name; of a rounded Linear what its codes stand for."""
+    weights = dict(network.state_dict())
+    for name, m in _rounded(network).items():
+        assert m.codes is not None and m.scale is not None
+        weights[f"{name}.weight"] = m.codes * m.scale[:, None]
+    return weights
+
+
+def _integers(network: nn.Module) -> dict[str, Integers]:
+    found = {}
+    for name, m in _rounded(network).items():
+        assert m.codes is not None and m.scale is not None
+        found[name] = Integers(m.codes.to(torch.int8), m.scale)
+    return found
+
+
+def _device_refusal(rounded: Mapping[str, QuantLinear]) -> str:
     found = torch.cuda.get_device_capability()
     if found < OLDEST:
         return f"the GPU is sm_{found[0]}{found[1]}, they need sm_{OLDEST[0]}{OLDEST[1]} or newer"
+    if rounded and found != INTEGERS_ON:
+        return f"the GPU is sm_{found[0]}{found[1]}, their integer products are written for sm_90"
     return ""
 
 
@@ -85,14 +116,14 @@ class KernelEngine:
         Raises: KernelsUnavailable.
         """
         shape = kernel_shape(config)
-        reason = _recipe_refusal(network) or _shape_refusal(network, config)
+        reason = _network_refusal(network, config)
         if reason:
             raise KernelsUnavailable(reason)
         with _own_errors():
             self._launcher = launcher or open_device(shape, torch.cuda.current_device())
         self.name, self.config, self.dtype = name, config, torch.bfloat16
         self.device = self._launcher.device
-        self._network = prepare(dict(network.state_dict()), shape, self.device)
+        self._network = prepare(_weights(network), shape, self.device, integers=_integers(network))
         self._fits: int | None = None  # graphs at a time, once the memory was found too small
 
     def denoise(
@@ -140,12 +171,17 @@ class KernelEngine:
                 batch.forward()
                 return batch.logits()
 
+    def batch(self, chain: Chain) -> Denoiser:
+        """The buffers of a chain at its start. Raises: torch.OutOfMemoryError."""
+        with self._on_device():
+            noise = Noise(torch.tensor(chain.times, dtype=torch.int32), chain.node_tables, chain.edge_tables)
+            return self._batch(noise, chain.n, chain.ids, chain.seed, chain.x, chain.e)
+
     def _run(self, chain: Chain, on_step: Callable[[int], object]) -> Denoiser | None:
         """Queue all steps of a batch; None if there is no memory for it."""
-        noise = Noise(torch.tensor(chain.times, dtype=torch.int32), chain.node_tables, chain.edge_tables)
         try:
             with self._on_device():
-                batch = self._batch(noise, chain.n, chain.ids, chain.seed, chain.x, chain.e)
+                batch = self.batch(chain)
                 denoise(batch, len(chain.times) - 1, on_step=on_step)
                 return batch
         except torch.OutOfMemoryError:

@@ -121,12 +121,13 @@ def sample_micro_batch(
     if first_id < 0 or (first_id % size and not isinstance(engine, LoopEngine)):
         raise ValueError(f"a micro-batch of {size} starts at a multiple of {size}, not at {first_id}")
     with torch.inference_mode(), one_thread(engine.device):
-        plan = _plan(config, n_steps, engine.device)
-        chain = _start(config, plan, seed, torch.arange(first_id, first_id + size, device=engine.device))
+        chain = start_chain(
+            config, seed, torch.arange(first_id, first_id + size, device=engine.device), n_steps
+        )
         if isinstance(engine, LoopEngine):
             x, e, finite = engine.denoise(chain, on_step)
         else:
-            x, e, finite = _steps(engine, plan, chain, on_step)
+            x, e, finite = _steps(engine, _plan(config, n_steps, engine.device), chain, on_step)
         if not finite:
             raise LogitsNotFinite(engine.name, first_id, size)
         return Graphs(chain.n.cpu(), x.to(torch.int8).cpu(), e.to(torch.int8).cpu())
@@ -146,8 +147,9 @@ def _square(edges: Tensor, plan: _Plan, pair_mask: Tensor) -> Tensor:
     return full * pair_mask
 
 
-def _start(config: DigressConfig, plan: _Plan, seed: int, ids: Tensor) -> Chain:
-    """Draw the node counts and z_T."""
+def start_chain(config: DigressConfig, seed: int, ids: Tensor, n_steps: int) -> Chain:
+    """Draw the node counts and z_T of ids: int64[B], on their device."""
+    plan = _plan(config, n_steps, ids.device)
     n_pad, start = config.n_pad, config.diffusion_steps
     count_key = torch.tensor(count_slot(n_pad), device=ids.device)
     n = draw(plan.node_counts, philox(seed, ids, start, count_key))

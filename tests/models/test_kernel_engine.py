@@ -154,12 +154,21 @@ def test_a_network_that_gives_nan_is_an_error_and_not_a_molecule() -> None:
         sample_ids(broken, SMALL, SEED, 9, 2, STEPS, 8)
 
 
-def test_a_recipe_and_a_width_that_the_kernels_cannot_compute_are_refused_by_name() -> None:
+def test_a_recipe_a_width_and_a_gpu_that_the_kernels_cannot_serve_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     net, recipe, name = network(), get_recipe("rtn-w4a4"), quantizable(SMALL)[0]
     assert name == "tf_layers.0.self_attn.q"
     q = net.tf_layers[0].self_attn.q
     net.tf_layers[0].self_attn.q = QuantLinear.from_parts(decompose(q.weight, recipe)[0], q.bias, recipe)
     assert "rtn-w4a4" in refusal(net, SMALL)
+    eight = get_recipe("rtn-w8a8")
+    net.tf_layers[0].self_attn.q = QuantLinear.from_parts(decompose(q.weight, eight)[0], q.bias, eight)
+    monkeypatch.setattr(kernel_engine, "missing", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert refusal(net, SMALL) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert "integer products" in refusal(net, SMALL)
     narrow = replace(
         SMALL, hidden_dims=HiddenDims(64, 64, 64, 8, 64, 128), hidden_mlp_dims=Dims(256, 128, 128)
     )
