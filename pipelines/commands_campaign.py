@@ -23,40 +23,40 @@ def generate(
         str | None, typer.Option(help="builtin:digress-qm9, models:/NAME/3, models:/NAME@ALIAS or a file.")
     ] = None,
     count: Annotated[int | None, typer.Option(help="How many molecules.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Key of all random numbers. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Key of all random numbers. \\[default: 0]")] = None,
     out_url: Annotated[str | None, typer.Option("--out", help="A folder or s3://bucket/prefix.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Denoising steps, 2 to the model's T. [default: T]")
+        int | None, typer.Option(help="Denoising steps, 2 to the model's T. \\[default: T]")
     ] = None,
     resume: Annotated[str | None, typer.Option(metavar="URL", help="Continue the campaign at URL.")] = None,
-    unit_size: Annotated[int | None, typer.Option(help="Molecules a shard. [default: from count]")] = None,
+    unit_size: Annotated[int | None, typer.Option(help="Molecules a shard. \\[default: from count]")] = None,
     micro_batch: Annotated[
         int | None,
-        typer.Option(help="Molecules a network call. [default: 64 on CPU, 1024 on GPU, 8192 with the kernels]"),
+        typer.Option(help="Molecules a network call. \\[default: 64 on CPU, 1024 on GPU, 8192 with the kernels]"),
     ] = None,
-    first_id: Annotated[int | None, typer.Option(help="Id of the first sample. [default: 0]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
+    first_id: Annotated[int | None, typer.Option(help="Id of the first sample. \\[default: 0]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. \\[default: auto]")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="torch, kernels (our CUDA kernels) or auto. [default: auto]")
+        str | None, typer.Option(help="torch, kernels (our CUDA kernels) or auto. \\[default: auto]")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or auto: bf16 with the kernels. [default: auto]")
+        str | None, typer.Option(help="fp32, bf16 or auto: bf16 with the kernels. \\[default: auto]")
     ] = None,
     novelty: Annotated[
-        str | None, typer.Option(help="Known molecules: builtin:qm9, a file, or none. [default: builtin:qm9]")
+        str | None, typer.Option(help="Known molecules: builtin:qm9, a file, or none. \\[default: builtin:qm9]")
     ] = None,
-    score: Annotated[str | None, typer.Option(help="Column that ranks molecules. [default: qed]")] = None,
+    score: Annotated[str | None, typer.Option(help="Column that ranks molecules. \\[default: qed]")] = None,
     alerts: Annotated[
-        bool | None, typer.Option("--alerts/--no-alerts", help="Look up structure alerts. [default: alerts]")
+        bool | None, typer.Option("--alerts/--no-alerts", help="Look up structure alerts. \\[default: alerts]")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Actors in the pool. [default: one a core or GPU]")
+        int | None, typer.Option(help="Actors in the pool. \\[default: one a core or GPU]")
     ] = None,
-    gpus_per_worker: Annotated[float | None, typer.Option(help="GPU share of an actor. [default: 1]")] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(help="GPU share of an actor. \\[default: 1]")] = None,
     max_attempts: Annotated[
-        int | None, typer.Option(help="Failures of a unit before it is set aside. [default: 3]")
+        int | None, typer.Option(help="Failures of a unit before it is set aside. \\[default: 3]")
     ] = None,
-    executor: Annotated[str | None, typer.Option(help="ray, or local: this process. [default: ray]")] = None,
+    executor: Annotated[str | None, typer.Option(help="ray, or local: this process. \\[default: ray]")] = None,
     json: Json = False,
 ) -> int:
     """Generate molecules into Parquet, exactly once, restartable at any point.

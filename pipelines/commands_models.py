@@ -33,7 +33,7 @@ def quantize(
         list[str] | None, typer.Option(help="Point this alias at the new version; may repeat.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Tasks at a time. [default: one a core, four a GPU]")
+        int | None, typer.Option(help="Tasks at a time. \\[default: one a core, four a GPU]")
     ] = None,
     executor: Annotated[str, typer.Option(help="ray, or local: this process.")] = "ray",
     json: Json = False,
@@ -93,7 +93,7 @@ def import_(
     stats: Annotated[
         Path | None, typer.Option(help="Data-set statistics (JSON), for data sets we don't know.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the model. [default: the file's]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model. \\[default: the file's]")] = None,
     register: Annotated[
         str | None, typer.Option(metavar="NAME", help="Register it as a source model under NAME.")
     ] = None,

@@ -68,3 +68,12 @@ def test_a_row_of_a_table_is_one_whole_line_in_a_pipe() -> None:
 def test_brackets_in_a_name_are_printed_as_they_are() -> None:
     ended = _run("out.print('runs[red]/a'); out.print(table(('path',), [('runs[red]/b',)]))")
     assert "runs[red]/a" in ended.stdout and "runs[red]/b" in ended.stdout
+
+
+def test_the_help_of_a_command_shows_the_defaults() -> None:
+    from typer.testing import CliRunner
+
+    from bitdgdm.pipelines.cli import app
+
+    told = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "120"}).output
+    assert "[default: 0]" in told and "[default: one a core or GPU]" in told
