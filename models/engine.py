@@ -23,7 +23,7 @@ from bitdgdm.infra.errors import ArtifactCorrupt, BadInput, KernelsUnavailable
 from bitdgdm.models.digress import GraphTransformer, build
 from bitdgdm.models.digress_config import DigressConfig
 from bitdgdm.models.features import network_input
-from bitdgdm.models.kernel_engine import KernelEngine, refusal
+from bitdgdm.models.kernel_engine import KernelEngine, refusal, shortfall
 from bitdgdm.models.seam import Engine
 from bitdgdm.models.source import BUILTIN_PREFIX, SourceModel, is_source_file, load_source
 from bitdgdm.quant.artifact import apply, load_artifact
@@ -37,7 +37,7 @@ log = logging.getLogger("bitdgdm.engine")
 
 @dataclass(frozen=True)
 class Choice:
-    """What will run. reason: why it isn't the kernels though they were not ruled out, or "" ."""
+    """What will run. reason: why it isn't the kernels, or what they compute otherwise than the recipe says, or ""."""
 
     device: str
     precision: str
@@ -123,7 +123,8 @@ def choose_engine(
 
 def describe(choice: Choice, name: str) -> str:
     """Return one line for people."""
-    where = hardware_name(choice.device)
+    here = choice.device == "cpu" or torch.cuda.is_available()
+    where = hardware_name(choice.device) if here else "a GPU of the cluster"
     by = "our CUDA kernels" if choice.engine == "kernels" else "PyTorch"
     return f"{name}: {by} in {choice.precision} on {where}" + (f" ({choice.reason})" if choice.reason else "")
 
@@ -144,8 +145,10 @@ def _choose(opened: _Opened, device: str, precision: str, engine: str) -> Choice
         if precision == "fp32"
         else refusal(opened.network, opened.config)
     )
+    if not reason and engine == "auto":
+        reason = shortfall(opened.network)  # a recipe computed in part is run only by name
     if not reason:
-        return Choice(kind, "bf16", "kernels")
+        return Choice(kind, "bf16", "kernels", shortfall(opened.network))
     if engine == "kernels":
         raise KernelsUnavailable(reason)
     return Choice(kind, plain, "torch", f"not our kernels: {reason}")

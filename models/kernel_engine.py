@@ -44,6 +44,13 @@ def refusal(network: nn.Module, config: DigressConfig) -> str:
     return _network_refusal(network, config) or missing() or _device_refusal(_rounded(network))
 
 
+def shortfall(network: nn.Module) -> str:
+    """What of the network's recipe the kernels compute otherwise than it says, or "" if nothing."""
+    if not _rounded(network):
+        return ""
+    return "of an 8-bit recipe they round the inputs of node products only; edges and y are computed in bf16"
+
+
 def _rounded(network: nn.Module) -> dict[str, QuantLinear]:
     """The Linears that round their input at run time."""
     named = network.named_modules()

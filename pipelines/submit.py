@@ -6,15 +6,16 @@ Knows nothing of: Ray, progress, sampling.
 """
 
 import logging
+import os
 from importlib.metadata import version
 from typing import Any
 
-from bitdgdm.infra.errors import BadInput, SpecChanged, SpecInvalid
+from bitdgdm.infra.errors import BadInput, BitDGDMError, SpecChanged, SpecInvalid
 from bitdgdm.infra.fingerprint import canonical_json, fingerprint
 from bitdgdm.infra.provenance import provenance
 from bitdgdm.infra.storage import Store, open_store, probe_create_only
 from bitdgdm.infra.version import VERSION, code_version
-from bitdgdm.models.engine import choose_engine, describe
+from bitdgdm.models.engine import Choice, choose_engine, describe
 from bitdgdm.models.novelty import ReferenceSet, load_reference
 from bitdgdm.models.summary import NUMERIC_COLUMNS
 from bitdgdm.pipelines.campaign import (
@@ -27,6 +28,7 @@ from bitdgdm.pipelines.campaign import (
 )
 from bitdgdm.pipelines.model_files import ModelFile, open_model
 from bitdgdm.pipelines.plan import default_unit_size
+from bitdgdm.pipelines.ray_run import cluster
 from bitdgdm.pipelines.spec import IDENTITY, CampaignSpec, make_spec
 
 log = logging.getLogger("bitdgdm.submit")
@@ -48,7 +50,7 @@ def resolve_spec(spec: CampaignSpec, model: ModelFile) -> CampaignSpec:
         problems.append(f"score: {spec.score!r} is none of {', '.join(NUMERIC_COLUMNS)}")
     if problems:
         raise SpecInvalid("the spec", problems)
-    chosen = choose_engine(model.path, spec.device, spec.precision, spec.engine, model.digest)
+    chosen = _choose(spec, model)
     if chosen.device == "cuda":
         log.info("%s", describe(chosen, model.name))
     micro_batch = spec.micro_batch or _MICRO_BATCH[chosen.device, chosen.engine]
@@ -64,6 +66,27 @@ def resolve_spec(spec: CampaignSpec, model: ModelFile) -> CampaignSpec:
             "model": model.uri,
         }
     )
+
+
+def _choose(spec: CampaignSpec, model: ModelFile) -> Choice:
+    """Return what runs the campaign: asked of a GPU worker when it goes to a cluster that has GPUs, else found here."""
+    if spec.executor == "ray" and spec.device != "cpu" and os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        from bitdgdm.tasks.choose_engine import choose_engine_task
+
+        with cluster() as joined:
+            if joined.gpus:
+                task = choose_engine_task.options(num_gpus=spec.gpus_per_worker)
+                try:
+                    return ray.get(
+                        task.remote(model.path.read_bytes(), spec.device, spec.precision, spec.engine, model.digest)
+                    )
+                except ray.exceptions.RayTaskError as e:
+                    if isinstance(e.cause, BitDGDMError):
+                        raise e.cause from e
+                    raise
+    return choose_engine(model.path, spec.device, spec.precision, spec.engine, model.digest)
 
 
 def identity_of(spec: CampaignSpec, model: ModelFile, reference: ReferenceSet | None) -> dict[str, Any]:

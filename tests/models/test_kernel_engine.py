@@ -17,7 +17,7 @@ from bitdgdm.models import kernel_engine
 from bitdgdm.models.digress import GraphTransformer, quantizable
 from bitdgdm.models.digress_config import QM9_NO_H, Dims, HiddenDims
 from bitdgdm.models.engine import Choice, TorchEngine, choose_engine, describe, load_engine
-from bitdgdm.models.kernel_engine import KernelEngine, kernel_shape, refusal
+from bitdgdm.models.kernel_engine import KernelEngine, kernel_shape, refusal, shortfall
 from bitdgdm.models.sampler import Graphs, sample_batches, sample_ids
 from bitdgdm.models.seam import LoopEngine
 from bitdgdm.quant.decompose import decompose
@@ -166,6 +166,7 @@ def test_a_recipe_a_width_and_a_gpu_that_the_kernels_cannot_serve_are_refused_by
     net.tf_layers[0].self_attn.q = QuantLinear.from_parts(decompose(q.weight, eight)[0], q.bias, eight)
     monkeypatch.setattr(kernel_engine, "missing", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert "edges" in shortfall(net) and shortfall(network()) == ""
     assert refusal(net, SMALL) == ""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert "integer products" in refusal(net, SMALL)
