@@ -21,7 +21,7 @@
 
 struct Barriers {
   u64 e_full[RING], z_full[RING], z_empty[RING], weights;
-  int first, m_tiles, t_end;  // the block's share; read where needed, registers are short
+  int first, t_end;  // the block's share; read where needed, registers are short
 };
 
 // E, E1, q, kv, film_e, film_x, gathered, tile_start, rows, block_tile, w_mul, w_add: as in edge_attend.
@@ -45,10 +45,11 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
   int t = block_tile[BLOCK];
   if (t >= block_tile[BLOCK + 1]) return;
   const volatile Barriers* share = at;
+  const int m_tiles = tile_start[block_tile[BLOCK + 1]] - tile_start[t];
 
   if (THREAD == 0) {
-    const int t_end = block_tile[BLOCK + 1], g0 = tile_start[t], m_tiles = tile_start[t_end] - g0;
-    at->first = g0, at->m_tiles = m_tiles, at->t_end = t_end;
+    const int t_end = block_tile[BLOCK + 1], g0 = tile_start[t];
+    at->first = g0, at->t_end = t_end;
     for (int i = 0; i < RING; i++) barrier_init(at->e_full + i, 1), barrier_init(at->z_full + i, 16), barrier_init(at->z_empty + i, 4);
     barrier_init(&at->weights, 1);
     barrier_init_done();
@@ -74,39 +75,50 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
   load_weights();
   block_sync();
 
-  // what a lane knows of its query tile: rows r and r + 8; key and value of the next step
+  // what a lane knows of its query tile: rows r and r + 8; key and value of row j
   float sum[2][4], wv[2][4];
   uint4 qt, film0, film1, key0, key1;
   int j = 0, n = 0, sizes = 0, graph0, graph1;  // sizes: n of row r, n of row r + 8; n: the tile's
   u32 kv0, kv1;
   bool mixed = false;
-  auto load_tile = [&]() {
-    key0 = load16(kv + kv0), key1 = load16(kv + kv1);  // where j >= n of the row: of other rows, finite
+  auto load_keys = [&]() { key0 = load16(kv + kv0), key1 = load16(kv + kv1); };  // j >= n of the row: of other rows, finite
+  auto load_tile = [&](int tile) {
+    load_keys();
     film0 = load16(film_e + (graph0 * 16 + warp) * 4 + l), film1 = load16(film_e + (graph1 * 16 + warp) * 4 + l);
-    qt = load16(q + (t * 16 + warp) * 32 + lane);
+    qt = load16(q + (tile * 16 + warp) * 32 + lane);
+  };
+  // Keys, values and queries of one tile to L2: a large batch has 110 MB of them, more than L2 holds. The graphs of
+  // a tile lie side by side, so the rows of consecutive tiles are what consecutive tiles read.
+  auto prefetch_tile = [&](int tile) {
+    prefetch_bulk(kv + tile * 1024, 16384);
+    prefetch_bulk(q + tile * 512, 8192);
   };
   auto open_tile = [&](const int4& row0, const int4& row1) {
+    if (THREAD == 0 && t + 2 < share->t_end) prefetch_tile(t + 2);
     sizes = row0.z | row1.z << 8, n = tile_start[t + 1] - tile_start[t];
     mixed = warp_any(row0.z < n || row1.z < n);
     graph0 = row0.x, graph1 = row1.x;
     kv0 = row0.y * 64 + warp * 4 + l, kv1 = row1.y * 64 + warp * 4 + l;
-    load_tile();
+    load_tile(t);
+    prefetch(film_x + (graph0 * 16 + warp) * 4 + l), prefetch(film_x + (graph1 * 16 + warp) * 4 + l);
     j = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) sum[i >> 2][i & 3] = wv[i >> 2][i & 3] = 0.0f;
   };
-  // One m-tile: its scores to z_row, its part of the softmax. now0, now1: key and value of row j.
-  auto step = [&](const uint4* a_tile, u8* z_row, const uint4& now0, const uint4& now1) {
+  // One m-tile: its scores to z_row, its part of the softmax.
+  auto step = [&](const uint4* a_tile, u8* z_row) {
     float mul[2][4], add[2][4];
+    const uint4 tile[4] = {a_tile[0], a_tile[32], a_tile[64], a_tile[96]};
 #pragma unroll
     for (int nt = 0; nt < 2; nt++) {  // not kept in registers: there are 128
       const float4 m = Bs[((warp * 2 + nt) * 4 + l) * 2], a = Bs[((warp * 2 + nt) * 4 + l) * 2 + 1];
       mul[nt][0] = m.x, mul[nt][1] = m.y, mul[nt][2] = m.z, mul[nt][3] = m.w;
       add[nt][0] = a.x, add[nt][1] = a.y, add[nt][2] = a.z, add[nt][3] = a.w;
     }
+    no_load_crosses();  // all of them before the first product: not one wait each
 #pragma unroll
     for (int ks = 0; ks < 4; ks++) {
-      const uint4 a = a_tile[ks * 32];
+      const uint4& a = tile[ks];
       mma(mul[0], a, bm[ks].x, bm[ks].y, mul[0]);
       mma(mul[1], a, bm[ks].z, bm[ks].w, mul[1]);
       mma(add[0], a, ba[ks].x, ba[ks].y, add[0]);
@@ -114,7 +126,7 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
     }
     // element i of n-tile nt: row r + 8 (i / 2), channel 8 nt + 2 l + i % 2
     const u32 qs[2][2] = {{qt.x, qt.y}, {qt.z, qt.w}};
-    const u32 ks_[2][2] = {{now0.x, now1.x}, {now0.y, now1.y}}, vs[2][2] = {{now0.z, now1.z}, {now0.w, now1.w}};
+    const u32 ks_[2][2] = {{key0.x, key1.x}, {key0.y, key1.y}}, vs[2][2] = {{key0.z, key1.z}, {key0.w, key1.w}};
     const u32 fm[2][2] = {{film0.x, film1.x}, {film0.y, film1.y}}, fa[2][2] = {{film0.z, film1.z}, {film0.w, film1.w}};
     u32 z[2][2];
     float p[2][4];
@@ -174,31 +186,28 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
     out.w = pack2(fmaf(low(x1.y), wv[1][2], low(x1.w)), fmaf(high(x1.y), wv[1][3], high(x1.w)));
     gathered[(t * 16 + warp) * 32 + lane] = out;
   };
+  if (THREAD == 0 && t + 1 < share->t_end) prefetch_tile(t + 1);
   open_tile(rows[t * 16 + r], rows[t * 16 + r + 8]);
 
 #pragma unroll 1
-  for (int k = 0; 4 * (k - 1) < share->m_tiles; k++) {
+  for (int k = 0; 4 * (k - 1) < m_tiles; k++) {
     const int slot = k & (RING - 1), turn = k / RING & 1;
-    const int count = min(4, share->m_tiles - 4 * k);
+    const int count = min(4, m_tiles - 4 * k);
     if (count > 0) {
       barrier_wait(at->e_full + slot, turn);
       barrier_wait(at->z_empty + slot, turn ^ 1);
-      if (k > 1 && (k - 2 & 3) == wg) load_tile();  // not kept over the products: there are 128 registers
       // lane i gives the address of row i % 8 of matrix i / 8: rows 0..7, 8..15 of k 0..7, then of k 8..15
       u8* z_row = Z + slot * Z_BYTES + warp * 2048 + (lane >> 4) * 1024 + (lane & 15) * 16;
       const uint4* a_tile = Es + slot * 512 + lane;
 
 #pragma unroll 1
       for (int s = 0; s < count; s++, a_tile += 128, z_row += 256) {
-        const uint4 now0 = key0, now1 = key1;
-        if (j + 1 < n) {
+        step(a_tile, z_row);
+        if (++j < n) {  // into the registers that were just read: a copy at the end of the loop would wait for memory
           kv0 += 64, kv1 += 64;
-          key0 = load16(kv + kv0), key1 = load16(kv + kv1);
-          step(a_tile, z_row, now0, now1);
-          j++;
+          if (s + 1 < count) load_keys();  // else later: the fence would wait for them
         } else {
           const uint4 x0 = load16(film_x + (graph0 * 16 + warp) * 4 + l), x1 = load16(film_x + (graph1 * 16 + warp) * 4 + l);
-          step(a_tile, z_row, now0, now1);
           const int next = min(t + 1, share->t_end - 1) * 16 + r;
           const int4 next0 = rows[next], next1 = rows[next + 8];
           close_tile(x0, x1);
@@ -211,7 +220,10 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
     }
 
     const int own = k - 1;  // the group before
-    if (own < 0 || (own & 3) != wg) continue;
+    if (own < 0 || (own & 3) != wg) {
+      load_keys();
+      continue;
+    }
     const int own_slot = own & (RING - 1), m = warp & 3;
     if (own == wg) barrier_wait(&at->weights, 0);
     barrier_wait(at->z_full + own_slot, own / RING & 1);
@@ -233,16 +245,16 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
       }
     }
     named_sync(1 + wg, 128);
-    if ((THREAD & 127) == 0 && 4 * (own + RING) < share->m_tiles) {
-      const int bytes = min(4, share->m_tiles - 4 * (own + RING)) * 2048;
+    if ((THREAD & 127) == 0 && 4 * (own + RING) < m_tiles) {
+      const int bytes = min(4, m_tiles - 4 * (own + RING)) * 2048;
       barrier_expect(at->e_full + own_slot, bytes);
       copy_bulk(Es + own_slot * 512, E + (u64)(share->first + 4 * (own + RING)) * 128, bytes, at->e_full + own_slot);
     }
     layer_norm<8>(h, Vs + 64, Vs + 128, lane);
     const int g = 4 * own + m;
-    if (g < share->m_tiles)
+    if (g < m_tiles)
 #pragma unroll
       for (int np = 0; np < 4; np++) E1[((u64)(share->first + g) * 4 + np) * 32 + lane] = pack_tile(h[2 * np], h[2 * np + 1]);
-    key0 = key1 = film0 = film1 = qt = make_uint4(0, 0, 0, 0);  // tells the compiler that load_tile follows
+    load_tile(min(t, share->t_end - 1));  // again, rather than kept over the products: there are 128 registers
   }
 }

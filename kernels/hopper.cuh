@@ -41,6 +41,11 @@ DEV void copy_bulk(void* shared, const void* global, u32 bytes, u64* b) {
                :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes), "r"((u32)__cvta_generic_to_shared(b))
                : "memory");
 }
+// Brings memory that will soon be loaded into L2. bytes: a multiple of 16; the address too.
+DEV void prefetch_bulk(const void* global, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(global), "r"(bytes) : "memory");
+}
+DEV void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" :: "l"(global) : "memory"); }
 // To the same place of both blocks of a cluster, completing on the same barrier of each.
 DEV void copy_bulk_pair(void* shared, const void* global, u32 bytes, u64* b) {
   asm volatile(

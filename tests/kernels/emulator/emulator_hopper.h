@@ -107,6 +107,12 @@ DEV void copy_bulk(void* shared, const void* global, u32 bytes, u64* b) {
   memcpy(shared, global, bytes);
   ((emu::Barrier*)b)->step(0, -(int)bytes);
 }
+DEV void prefetch_bulk(const void* global, u32 bytes) {
+  if (bytes % 16 || (u64)global % 16) abort();
+  const volatile u8 *first = (const u8*)global, *last = first + bytes - 1;
+  (void)*first, (void)*last;  // not beyond what is allocated
+}
+DEV void prefetch(const void* global) { (void)*(const volatile u8*)global; }
 DEV void named_wait(int id, int threads, bool wait) {
   emu::Named& n = emu::named[id];
   const u64 mine = n.generation;
