@@ -1,27 +1,31 @@
-"""Can the kernels be built and run here?
+"""What the kernels need of a machine besides a GPU, and what of it is missing.
 
-Guarantees: `missing` starts nothing on a GPU and compiles nothing; `self_test` compiles every source for a device,
-runs one small network through all kernels and compares graphs that must be equal.
-Knows nothing of: which model will run.
+Guarantees: nothing is compiled or left behind, no GPU is touched; every reason ends with the way out.
+Knows nothing of: which network will run.
 """
 
-import importlib.util
-import os
+import importlib
+import tempfile
 
-from bitdgdm.kernels.build import cache_folder, find_nvcc
+from bitdgdm.kernels.build import cache_folder, compiler_version, find_nvcc
 
 
 def pycuda_missing() -> str:
-    """Why PyCUDA isn't there, or ""."""
-    if importlib.util.find_spec("pycuda") is None:
-        return "PyCUDA is not installed (pip install 'bitdgdm[gpu]')"
+    """Why PyCUDA can't be used, or ""."""
+    try:
+        importlib.import_module("pycuda.driver")
+    except ImportError as e:  # also: it is there and finds no driver library
+        return f"PyCUDA can't be imported ({e}); install it with: pip install 'bitdgdm[gpu]'"
     return ""
 
 
 def compiler_missing() -> str:
-    """Why nothing can be compiled and nothing ready-made is there, or ""."""
+    """Why no kernel can be compiled and none is there ready-made, or ""."""
     if find_nvcc() is None and not any(cache_folder().glob("*.cubin")):
-        return f"there is no nvcc and no compiled kernel in {cache_folder()} (install the CUDA toolkit)"
+        return (
+            f"there is no nvcc and no compiled kernel in {cache_folder()}; install the CUDA toolkit and put nvcc on the "
+            "PATH or set CUDA_HOME, or copy a cache folder here and name it with BITDGDM_KERNEL_CACHE"
+        )
     return ""
 
 
@@ -30,11 +34,19 @@ def cache_unwritable() -> str:
     folder = cache_folder()
     while not folder.exists():
         folder = folder.parent
-    return (
-        "" if os.access(folder, os.W_OK) else f"{cache_folder()} can't be written (set BITDGDM_KERNEL_CACHE)"
-    )
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone don't tell: a mount may be read-only
+            return ""
+    except OSError as e:
+        return f"{cache_folder()} can't be written ({e.strerror}); name a folder that can with BITDGDM_KERNEL_CACHE"
 
 
 def missing() -> str:
     """The first thing that the kernels lack on this machine, or ""."""
-    return pycuda_missing() or compiler_missing()
+    return pycuda_missing() or compiler_missing() or (cache_unwritable() if find_nvcc() else "")
+
+
+def compiler() -> str:
+    """Path and build of nvcc, or what stands in for it."""
+    nvcc = find_nvcc()
+    return f"{nvcc}, {compiler_version(nvcc)}" if nvcc else f"no nvcc, compiled kernels in {cache_folder()}"

@@ -4,12 +4,13 @@ Guarantees: changes nothing outside temporary folders; every check that isn't fi
 Knows nothing of: what the user wants to run, so a missing GPU is a remark and not a failure.
 """
 
-import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 import psutil
 
 from bitdgdm.infra import registry
-from bitdgdm.infra.errors import BitDGDMError
+from bitdgdm.infra.errors import BitDGDMError, KernelsUnavailable
 from bitdgdm.infra.storage import open_store, probe_create_only
 
 GIB = 2**30
@@ -104,20 +105,54 @@ def _gpu() -> Iterator[Check]:
             "ok",
             f"{p.name}, {p.total_memory / GIB:.0f} GiB, sm_{p.major}{p.minor}, CUDA {torch.version.cuda}",
         )
-    nvcc = shutil.which("nvcc")
-    yield Check(
-        "nvcc",
-        "ok" if nvcc else "note",
-        nvcc or "not on PATH",
-        "" if nvcc else "install the CUDA toolkit for our kernels",
+    yield from _kernels()
+
+
+def _kernels() -> Iterator[Check]:
+    """What our CUDA kernels need; without them a GPU works too, many times slower."""
+    from bitdgdm.kernels import toolchain
+    from bitdgdm.kernels.build import cache_folder
+
+    yield Check("driver", "ok", _driver())
+    parts = (
+        ("nvcc", toolchain.compiler_missing, toolchain.compiler),
+        ("pycuda", toolchain.pycuda_missing, lambda: version("pycuda")),
+        ("kernel cache", toolchain.cache_unwritable, lambda: str(cache_folder())),
     )
-    pycuda = importlib.util.find_spec("pycuda") is not None
-    yield Check(
-        "pycuda",
-        "ok" if pycuda else "note",
-        "installed" if pycuda else "missing",
-        "" if pycuda else "pip install bitdgdm[gpu]",
-    )
+    for name, look, found in parts:
+        reason = look()
+        what, _, fix = reason.partition("; ")
+        yield Check(name, "note" if reason else "ok", what if reason else found(), fix)
+    if not toolchain.missing():
+        yield _attempt("kernels", _run_kernels)
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "there is one; nvidia-smi, which tells its version, is not on the PATH"
+    ask = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(ask, capture_output=True, text=True)
+    return ", ".join(sorted(set(done.stdout.split()))) or done.stderr.strip()
+
+
+def _run_kernels() -> str:
+    """Compile every kernel, draw a few molecules, compare with each other and with PyTorch."""
+    import torch
+
+    from bitdgdm.models.engine import load_engine
+    from bitdgdm.models.sampler import sample_ids
+
+    began = time.monotonic()
+    ours = load_engine("builtin:digress-qm9", "cuda", engine="kernels")
+    together, alone = (sample_ids(ours, ours.config, 1, i, n, 4, n) for i, n in ((0, 64), (9, 1)))
+    if not (torch.equal(together.X[9:10], alone.X) and torch.equal(together.E[9:10], alone.E)):
+        raise KernelsUnavailable("a molecule came out differently alone and with others")
+    theirs = load_engine("builtin:digress-qm9", "cuda", engine="torch")
+    agree = sample_ids(theirs, theirs.config, 1, 0, 64, 4, 64).X == together.X
+    if agree.float().mean() < 0.95:  # bf16 moves a draw now and then
+        raise KernelsUnavailable(f"they agree with PyTorch on {agree.float().mean():.0%} of the atoms only")
+    return f"compiled and tried in {time.monotonic() - began:.0f} s, as PyTorch draws"
 
 
 def _model() -> Iterator[Check]:
