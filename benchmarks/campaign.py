@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rows import device, keep, row
+from rows import keep, row
 
 from bitdgdm.infra.commit import visible_shards
 from bitdgdm.infra.storage import open_store
+from bitdgdm.pipelines.campaign import load_campaign
 from bitdgdm.pipelines.status import read_status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,12 +55,10 @@ def command(*args: str) -> dict:
 def measure(recipe: str, steps: int, a: argparse.Namespace, folder: Path) -> list[dict]:
     """Run one campaign; return its rows."""
     model, rows = a.model, []
-    case = f"{recipe}, {steps} steps, {a.count} molecules, {device()}"
+    made: dict = {}
     if recipe != "full-precision":
         model = str(folder / f"{recipe}.safetensors")
         made = command("quantize", a.model, "--recipe", recipe, "--out", model)
-        rows.append(row(QUESTION, case, "bits a weight", made["bits_per_weight"], "bit"))
-        rows.append(row(QUESTION, case, "quantize wall time, start of Ray included", made["seconds"], "s"))
     out = folder / f"{recipe}-{steps}"
     began = time.monotonic()
     done = command(
@@ -67,7 +66,11 @@ def measure(recipe: str, steps: int, a: argparse.Namespace, folder: Path) -> lis
         "--out", str(out), "--gpus-per-worker", str(a.gpus_per_worker), *a.generate,
     )  # fmt: skip
     wall = time.monotonic() - began
-    store, status = open_store(str(out)), read_status(str(out))
+    store, status, spec = open_store(str(out)), read_status(str(out)), load_campaign(str(out)).spec
+    case = f"{recipe}, {steps} steps, {a.count} molecules, {spec.engine} {spec.precision}"
+    if made:
+        rows.append(row(QUESTION, case, "bits a weight", made["bits_per_weight"], "bit"))
+        rows.append(row(QUESTION, case, "quantize wall time, start of Ray included", made["seconds"], "s"))
     table = pa.concat_tables(pq.read_table(store.path(key)) for key in visible_shards(store))
     valid = table.filter(table["is_valid"])
     smiles, n = valid["smiles"].to_pylist(), table.num_rows

@@ -14,7 +14,6 @@ moses    the dims of MOSES (random weights, 12 layers, n from its histogram)
 
 import argparse
 import gc
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -37,13 +36,14 @@ from bitdgdm.infra.errors import KernelsUnavailable
 from bitdgdm.kernels.step_graph import step as kernel_step
 from bitdgdm.kernels.step_graph import warm_up
 from bitdgdm.models.checkpoint_config import known_datasets
-from bitdgdm.models.digress import GraphTransformer, build
+from bitdgdm.models.digress import GraphTransformer, build, quantizable
 from bitdgdm.models.digress_config import QM9_NO_H, DigressConfig, Dims, HiddenDims
-from bitdgdm.models.engine import load_engine
 from bitdgdm.models.kernel_engine import KernelEngine
 from bitdgdm.models.sampler import sample_batches, sample_ids, start_chain
 from bitdgdm.models.source import load_source
-from bitdgdm.pipelines.quantize import quantize
+from bitdgdm.quant.decompose import decompose
+from bitdgdm.quant.linear import QuantLinear
+from bitdgdm.quant.recipe import get_recipe
 
 QUESTION, MODEL, SEED = "engine", "builtin:digress-qm9", 20261123
 BATCH, T = 8192, 500
@@ -77,16 +77,26 @@ def say(text: str) -> None:
 
 def our_engines(recipes: Sequence[str]) -> dict[str, KernelEngine]:
     """bf16, and those of `recipes` that the kernels take."""
-    found = {OURS: load_engine(MODEL, "cuda", engine="kernels")}
+    source = load_source(MODEL)
+    found = {OURS: KernelEngine(build(source.config, source.weights), source.config, MODEL)}
     for recipe in recipes:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.safetensors"
-            quantize(MODEL, recipe, out=path, executor="local", quiet=True)
-            try:
-                found[f"our kernels {recipe}"] = load_engine(path, "cuda", engine="kernels")
-            except KernelsUnavailable as refused:
-                say(f"{recipe}: {refused}")
-    return {name: e for name, e in found.items() if isinstance(e, KernelEngine)}
+        try:
+            found[f"our kernels {recipe}"] = KernelEngine(quantized(recipe), source.config, f"{MODEL} {recipe}")
+        except KernelsUnavailable as refused:
+            say(f"{recipe}: {refused}")
+    return found
+
+
+def quantized(name: str) -> nn.Module:
+    """The shipped network by a recipe, as `bitdgdm quantize` and loading the artifact would give it."""
+    source, recipe = load_source(MODEL), get_recipe(name)
+    network = build(source.config, source.weights)
+    for layer in quantizable(source.config):
+        linear = network.get_submodule(layer)
+        parts = decompose(linear.weight, recipe)[0]
+        owner, _, attribute = layer.rpartition(".")
+        setattr(network.get_submodule(owner), attribute, QuantLinear.from_parts(parts, linear.bias, recipe))
+    return network
 
 
 def moses_config() -> DigressConfig:
