@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitdgdm.kernels.step_graph import denoise
-from bitdgdm.models.digress import build
+from bitdgdm.models.digress import GraphTransformer, build, quantizable
 from bitdgdm.models.digress_config import QM9_NO_H as QM9
 from bitdgdm.models.engine import TorchEngine, load_engine
 from bitdgdm.models.kernel_engine import KernelEngine
@@ -24,7 +24,9 @@ from bitdgdm.models.philox import edge_slots, node_slots, philox
 from bitdgdm.models.sampler import Graphs, draw, sample_ids, start_chain
 from bitdgdm.models.seam import Chain
 from bitdgdm.models.source import load_source
-from bitdgdm.pipelines.quantize import quantize
+from bitdgdm.quant.decompose import decompose
+from bitdgdm.quant.linear import QuantLinear
+from bitdgdm.quant.recipe import get_recipe
 
 pytestmark = pytest.mark.gpu
 if torch.cuda.is_available():
@@ -36,25 +38,34 @@ MODELS = ("builtin:digress-qm9", "rtn-w8a8")
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> KernelEngine:
-    return open_kernels(request.param, tmp_path_factory)
+def engine(request: pytest.FixtureRequest) -> KernelEngine:
+    return open_kernels(request.param)
 
 
-def open_kernels(model: str, folders: pytest.TempPathFactory) -> KernelEngine:
-    path: str | Path = model
-    if not model.startswith("builtin:"):
-        path = folders.mktemp("model") / "model.safetensors"
-        quantize("builtin:digress-qm9", model, out=Path(path), executor="local", quiet=True)
-        if torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("integer products are written for sm_90")
-    found = load_engine(path, "cuda", engine="kernels")
+def open_kernels(model: str) -> KernelEngine:
+    if model == "rtn-w8a8":
+        return KernelEngine(eight_bit(), QM9, model)
+    found = load_engine(model, "cuda", engine="kernels")
     assert isinstance(found, KernelEngine)
     return found
 
 
+def eight_bit() -> GraphTransformer:
+    """The shipped network by the recipe rtn-w8a8."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("integer products are written for sm_90")
+    network, recipe = build(QM9, load_source("builtin:digress-qm9").weights), get_recipe("rtn-w8a8")
+    for name in quantizable(QM9):
+        linear = network.get_submodule(name)
+        owner, _, attribute = name.rpartition(".")
+        layer = QuantLinear.from_parts(decompose(linear.weight, recipe)[0], linear.bias, recipe)
+        setattr(network.get_submodule(owner), attribute, layer)
+    return network
+
+
 @pytest.fixture(scope="module")
-def bf16(tmp_path_factory: pytest.TempPathFactory) -> KernelEngine:
-    return open_kernels("builtin:digress-qm9", tmp_path_factory)
+def bf16() -> KernelEngine:
+    return open_kernels("builtin:digress-qm9")
 
 
 @pytest.fixture(scope="module")
@@ -145,15 +156,9 @@ def test_logits_are_as_near_to_float32_as_torch_in_bf16(bf16: KernelEngine, time
         assert relative(ours, want) <= 2 * relative(theirs, want) + 1e-4
 
 
-def test_an_8_bit_network_gives_the_logits_of_quant_linear(tmp_path: Path) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("integer products are written for sm_90")
-    path = tmp_path / "model.safetensors"
-    quantize("builtin:digress-qm9", "rtn-w8a8", out=path, executor="local", quiet=True)
-    ours, theirs, full = (
-        load_engine(path, "cuda", engine="kernels"), load_engine(path, "cuda", engine="torch"),
-        load_engine("builtin:digress-qm9", "cuda", engine="torch"),
-    )  # fmt: skip
+def test_an_8_bit_network_gives_the_logits_of_quant_linear(bf16: KernelEngine) -> None:
+    ours, theirs = KernelEngine(eight_bit(), QM9), TorchEngine(eight_bit(), QM9, "cuda")
+    full = TorchEngine(build(QM9, load_source("builtin:digress-qm9").weights), QM9, "cuda")
     X, E, mask = a_state(ours.device)
     t = torch.full((len(X),), 100, device=ours.device)
     for mine, quant, exact in zip(*(e.logits(X, E, t, mask) for e in (ours, theirs, full)), strict=True):
