@@ -23,7 +23,7 @@ from rows import keep, row
 from bitdgdm.models.digress import dead, layer_linears
 from bitdgdm.models.source import load_source
 from bitdgdm.quant.decompose import LayerReport, decompose
-from bitdgdm.quant.recipe import get_recipe, recipes
+from bitdgdm.quant.recipe_book import get_recipe, recipes
 
 QUESTION = "decompose"
 PUBLISHED = "published: 816 s and 2.1 GB for DiGress QM9, hardware not named"

@@ -44,7 +44,7 @@ from bitdgdm.models.sampler import sample_batches, sample_ids, start_chain
 from bitdgdm.models.source import load_source
 from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.linear import QuantLinear
-from bitdgdm.quant.recipe import get_recipe
+from bitdgdm.quant.recipe_book import get_recipe
 
 QUESTION, MODEL, SEED = "engine", "builtin:digress-qm9", 20261123
 BATCH, T = 8192, 500

@@ -143,7 +143,7 @@ def import_(
 
 def recipes(json: Json = False) -> int:
     """List the recipes: what each stores and computes."""
-    from bitdgdm.quant.recipe import recipes as known
+    from bitdgdm.quant.recipe_book import recipes as known
 
     def human() -> None:
         columns = ("recipe", "weights", "activations", "what it does", "source")

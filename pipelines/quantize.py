@@ -25,7 +25,8 @@ from bitdgdm.pipelines.model_files import MODEL_FILE, is_source_file, locate
 from bitdgdm.pipelines.progress import ProgressBar
 from bitdgdm.quant.artifact import ArtifactHeader, load_artifact, save_artifact
 from bitdgdm.quant.decompose import LayerReport, LinearParts
-from bitdgdm.quant.recipe import Recipe, get_recipe
+from bitdgdm.quant.recipe import Recipe
+from bitdgdm.quant.recipe_book import get_recipe
 from bitdgdm.tasks.decompose_layer import decompose_layer
 
 Parts = tuple[LinearParts, LayerReport]

@@ -1,33 +1,73 @@
-"""Recipes: what is stored and what is computed, as values.
+"""A recipe: what is stored and what is computed, as a value.
 
-Guarantees: a recipe is frozen, equal fields mean the same recipe, and `to_dict` / `from_dict` round-trip
-through JSON. A change of what a recipe computes needs a new `version`, because artifacts store all fields.
-Knows nothing of: how a recipe is carried out (decompose.py, linear.py) and which network it is applied to.
+Guarantees: a recipe is frozen, hashable, equal fields mean the same recipe, and `to_dict` / `from_dict` round-trip
+through JSON; a combination that no layer could run is refused when it is made. Keys that an older file lacks take
+their defaults, which mean what that file meant. A change of what a recipe computes needs a new `version`.
+Knows nothing of: which recipes exist (recipe_book.py), how one is carried out (decompose.py, linear.py) and
+which network it is applied to.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any
-
-from bitdgdm.infra.errors import UnknownRecipe
 
 FULL_PRECISION = 16
 """Bit widths from here on mean "not quantized"."""
 
+Changes = tuple[tuple[str, Any], ...]
+"""Fields of a recipe that are different in some layers."""
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "weight_bits": (1, 3, 4, 6, 8, 16, 32),
+    "act_bits": (4, 6, 8, 16, 32),
+    "factor_bits": (4, 8, 16),
+    "weight_clip": ("absmax", "mse"),
+    "weight_format": ("int", "fp8", "codebook", "binary"),
+    "rounding": ("nearest", "gptq", "adaround"),
+    "solver": ("scaledgd", "altproj", "lrpca", "lrpca-trained", "pcp", "outlier-pursuit", "svd"),
+    "low_rank_metric": ("weight", "output"),
+    "sparse_choice": ("residual", "magnitude", "sensitivity", "salient"),
+    "column_choice": ("activation", "weight"),
+    "premul": ("none", "smooth", "hadamard", "duquant"),
+    "act_format": ("int", "fp8"),
+    "act_scale": ("token", "static", "one"),
+    "act_range": ("absmax", "mse", "quantile"),
+    "act_groups": ("equal", "learned", "smooth"),
+    "calibration": ("none", "uniform", "skewed"),
+}
+COUNTS = ("rank", "weight_group", "columns", "outlier_budget", "repair_steps", "repair_rank")
+FLAGS = ("act_asymmetric", "remainder", "cross_product")
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to store and run a Linear: `y = Q(x_D) D^T + x_S D^T + x (L R^T + S)^T + b`.
+    """One way to store and run a Linear, x' = T x and W' = W T^-1 being its input and weight after `premul`:
 
-    weight_bits: 4 or 8 for integer codes D with one scale per output channel; 16 or 32 for plain floats.
-    act_bits: 4 or 8 for integer codes with one scale per token, computed at run time; 16 or 32 for none.
+        y = Q(x_D) D^T + x_S D^T + x' (L R^T + S)^T + x_C C^T + b,      W' ~ D + L R^T + S + C
+
+    weight_bits: of the codes D; 16 or 32 for plain floats. act_bits: of the activation codes; 16 or 32 for none.
+    rank, alpha: size of L R^T, and the largest fraction of non-zeros in a row and in a column of S; 0 leaves it out.
+    factor_bits: 16, or 8 or 4 for integer factors with one scale per rank component.
+    act_asymmetric: a token's range needn't be centred on zero; zero itself is always represented exactly.
+    outlier_sigma: k of the activation outliers x_S that stay in 16 bit (|x'| > tau, tau from k); None keeps none.
     weight_clip: "absmax" (no weight is clipped) or "mse" (the scale with the least squared error of its row).
-    rank, alpha: size of L R^T, and the largest fraction of non-zeros in a row and in a column of S; 0 leaves
-    it out.
-    factor_bits: 16, or 8 for integer factors with one scale per rank component.
-    act_asymmetric: the token's range needn't be centred on zero; zero itself is always represented exactly.
-    outlier_sigma: k of the activation outliers x_S that stay in 16 bit (|x| > tau, tau from k); None keeps
-    none.
+    weight_format: "int"; "fp8" (e4m3, a scale per row); "codebook" (2^bits values per row); "binary" (+-scale per row).
+    weight_group: inputs that share a scale; 0 for the whole row.
+    rounding: how D is rounded: to "nearest", or with the output's error in view ("gptq", "adaround").
+    remainder: False leaves D out: Q(x_D) Q(R) Q(L)^T + x_S R L^T + x' S^T, the literal reading of the published method.
+    solver: finds L R^T and S. low_rank_metric: "weight" makes ||W' - L R^T|| small, "output" the error of the output.
+    sparse_choice: S holds the largest of what L R^T leaves ("residual") or, chosen before it, of W' ("magnitude"),
+    of W' weighted by its inputs' size ("sensitivity"), or W's salient entries ("salient").
+    columns: whole input channels C kept in 16 bit with their activations, by `column_choice`.
+    premul, smooth_strength: the transform T of the input.
+    act_format: "int" or "fp8". act_scale: one per "token", at run time; a "static" table per time bin; or "one" (fp8).
+    act_bins, act_range, act_groups: of the static table: how many time bins, how a bin's range is chosen, and whether
+    bins are of "equal" length, "learned" by clustering, or every time has its own entry of a "smooth" function.
+    calibration: how diffusion times of the calibration pass are drawn; "none" if nothing here needs one.
+    outlier_budget: exactly this many entries of a token, the largest, are x_S. cross_product: False drops x_S S^T.
+    repair_steps, repair_rank: distillation of the assembled network; its factors join L and R.
+    overrides: (pattern of layer names, changed fields) pairs; the first pattern that matches counts.
     """
 
     name: str
@@ -42,26 +82,86 @@ class Recipe:
     summary: str = ""
     source: str = ""
     version: int = 1
+    cost: str = ""
+    weight_format: str = "int"
+    weight_group: int = 0
+    rounding: str = "nearest"
+    remainder: bool = True
+    solver: str = "scaledgd"
+    low_rank_metric: str = "weight"
+    sparse_choice: str = "residual"
+    columns: int = 0
+    column_choice: str = "activation"
+    premul: str = "none"
+    smooth_strength: float = 0.5
+    act_format: str = "int"
+    act_scale: str = "token"
+    act_bins: int = 1
+    act_range: str = "absmax"
+    act_groups: str = "equal"
+    calibration: str = "none"
+    outlier_budget: int = 0
+    cross_product: bool = True
+    repair_steps: int = 0
+    repair_rank: int = 0
+    overrides: tuple[tuple[str, Changes], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.weight_bits not in (4, 8, 16, 32) or self.act_bits not in (4, 8, 16, 32):
-            raise ValueError(
-                f"{self.name}: bit widths are 4, 8, 16 or 32, not w{self.weight_bits}a{self.act_bits}"
-            )
-        if self.factor_bits not in (8, 16):
-            raise ValueError(f"{self.name}: factor_bits is 8 or 16, not {self.factor_bits}")
-        if self.weight_clip not in ("absmax", "mse"):
-            raise ValueError(f'{self.name}: weight_clip is "absmax" or "mse", not {self.weight_clip!r}')
-        if self.rank < 0 or not 0.0 <= self.alpha < 1.0:
-            raise ValueError(f"{self.name}: rank {self.rank} or alpha {self.alpha} is out of range")
-        if self.outlier_sigma is not None and not self.outlier_sigma > 0.0:
-            raise ValueError(
-                f"{self.name}: outlier_sigma is a positive number or None, not {self.outlier_sigma}"
-            )
-        if self.weight_bits >= FULL_PRECISION and (self.rank or self.alpha or self.act_bits < FULL_PRECISION):
-            raise ValueError(
-                f"{self.name}: full-precision weights take no factors, no sparse part, no low-bit input"
-            )
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{self.name}: {field} is one of {allowed}, not {getattr(self, field)!r}")
+        for field in COUNTS:
+            if not isinstance(getattr(self, field), int) or getattr(self, field) < 0:
+                raise ValueError(f"{self.name}: {field} is a count, not {getattr(self, field)!r}")
+        for field in FLAGS:
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{self.name}: {field} is true or false, not {getattr(self, field)!r}")
+        for rule, broken in self._rules():
+            if broken:
+                raise ValueError(f"{self.name}: {rule}")
+        for pattern, changes in self.overrides:
+            self._changed(pattern, changes)
+
+    def _rules(self) -> tuple[tuple[str, bool], ...]:
+        """What must hold between fields, each with whether it is broken."""
+        sigma, act, static = self.outlier_sigma, self.act_quantized, self.act_scale == "static"
+        one_scale_a_row = self.weight_format == "int" and not self.weight_group
+        parts = self.rank or self.alpha or self.columns or self.premul != "none" or act
+        return (
+            (f"alpha {self.alpha} is out of range", not 0.0 <= self.alpha < 1.0),
+            (f"smooth_strength {self.smooth_strength} is not in [0, 1]", not 0.0 <= self.smooth_strength <= 1.0),
+            (f"outlier_sigma is a positive number or None, not {sigma}", sigma is not None and not sigma > 0.0),
+            ("full-precision weights take no factors, sparse part, columns, transform or low-bit input",
+             not self.weight_quantized and bool(parts)),
+            ("1-bit weights are binary and binary weights have 1 bit",
+             (self.weight_bits == 1) != (self.weight_format == "binary")),
+            ("fp8 weights have 8 bits", self.weight_format == "fp8" and self.weight_bits != 8),
+            ("codebook weights have 3 or 4 bits and 16-bit inputs",
+             self.weight_format == "codebook" and (self.weight_bits not in (3, 4) or act)),
+            ("gptq and adaround round integers", self.rounding != "nearest" and self.weight_format != "int"),
+            ("adaround knows one scale a row", self.rounding == "adaround" and not one_scale_a_row),
+            ("a group of weights has integer codes", bool(self.weight_group) and self.weight_format != "int"),
+            ("without a remainder there must be a rank", not self.remainder and not self.rank),
+            ("without a remainder there is nothing to group, to round or to keep in columns",
+             not self.remainder and not (one_scale_a_row and self.rounding == "nearest" and not self.columns)),
+            ("the output metric needs a rank and the solver svd",
+             self.low_rank_metric == "output" and not (self.rank and self.solver == "svd")),
+            ("a choice of sparse entries needs an alpha", self.sparse_choice != "residual" and not self.alpha),
+            ("outlier-pursuit chooses whole columns: it takes alpha and no columns of its own",
+             self.solver == "outlier-pursuit" and (not self.alpha or bool(self.columns))),
+            ("fp8 inputs have 8 bits and no zero point",
+             self.act_format == "fp8" and (self.act_bits != 8 or self.act_asymmetric)),
+            ("act_scale one needs fp8 inputs", self.act_scale == "one" and self.act_format != "fp8"),
+            ("a scale of the inputs needs low-bit inputs", self.act_scale != "token" and not act),
+            (f"act_bins is at least 1, not {self.act_bins}", self.act_bins < 1),
+            ("time bins, ranges and groups belong to a static scale",
+             not static and (self.act_bins, self.act_range, self.act_groups) != (1, "absmax", "equal")),
+            ("outlier_budget and outlier_sigma exclude each other", bool(self.outlier_budget) and sigma is not None),
+            ("a budget of outliers needs low-bit inputs", bool(self.outlier_budget) and not act),
+            ("repair takes both steps and a rank", bool(self.repair_steps) != bool(self.repair_rank)),
+            (f'calibration is "none" only where nothing needs it, here {self.calibration!r}',
+             self.needs_calibration != (self.calibration != "none")),
+        )  # fmt: skip
 
     @property
     def weight_quantized(self) -> bool:
@@ -71,72 +171,62 @@ class Recipe:
     def act_quantized(self) -> bool:
         return self.act_bits < FULL_PRECISION
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a layer's inputs must be seen before it is decomposed, or the network be run after that."""
+        return _needs_calibration(vars(self)) or any(
+            _needs_calibration(vars(self._changed(pattern, changes))) for pattern, changes in self.overrides
+        )
+
+    def for_layer(self, layer: str) -> "Recipe":
+        """The recipe of one layer, without overrides; `calibration` is "none" where that layer needs none."""
+        for pattern, changes in self.overrides:
+            if fnmatchcase(layer, pattern):
+                return self._changed(pattern, changes)
+        return self._changed("", ()) if self.overrides else self
+
+    def _changed(self, pattern: str, changes: Changes) -> "Recipe":
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | dict(changes) | {"overrides": ()}
+        unknown = set(values) - {f.name for f in fields(self)}
+        if unknown:
+            raise ValueError(f"{self.name}: {pattern} changes fields that there aren't: {sorted(unknown)}")
+        if values["weight_bits"] >= FULL_PRECISION:  # such a layer keeps nothing of the recipe but its name
+            kept = ("name", "weight_bits", "summary", "source", "version", "cost")
+            return Recipe(**{key: values[key] for key in kept}, act_bits=values["weight_bits"])
+        if not _needs_calibration(values):
+            values["calibration"] = "none"
+        return Recipe(**values)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain JSON values."""
-        return asdict(self)
+        overrides = [
+            [pattern, [[key, value] for key, value in changes]] for pattern, changes in self.overrides
+        ]
+        return asdict(self) | {"overrides": overrides}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """Raises: ValueError for unknown or missing keys and for values out of range."""
-        known = {f.name for f in fields(cls)}
-        if set(values) != known:
-            raise ValueError(f"a recipe has the keys {sorted(known)}, not {sorted(values)}")
-        return cls(**values)
+        """Raises: ValueError or TypeError for unknown keys, values out of range, and keys without default missing."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"a recipe has no {sorted(unknown)}; its keys are {sorted(f.name for f in fields(cls))}"
+            )
+        pairs = values.get("overrides", ())
+        overrides = tuple(
+            (str(p), tuple((str(key), value) for key, value in changes)) for p, changes in pairs
+        )
+        return cls(**{**values, "overrides": overrides})
 
 
-_RECIPES = (
-    Recipe(
-        name="bitdgdm-w4a4-r16-s1",
-        weight_bits=4,
-        act_bits=4,
-        rank=16,
-        alpha=0.01,
-        factor_bits=8,
-        act_asymmetric=True,
-        outlier_sigma=3.0,
-        weight_clip="mse",
-        summary="rank 16 + 1 % sparse + 4-bit remainder; 4-bit activations, outliers in 16 bit",
-        source="Bit-DGDM, PMLR 267:19996-20015; the 4-bit remainder is ours (reading R2)",
-    ),
-    Recipe(
-        name="rtn-w8a8",
-        weight_bits=8,
-        act_bits=8,
-        summary="round to nearest, 8-bit weights per output channel, 8-bit activations per token",
-        source="absmax rounding",
-    ),
-    Recipe(
-        name="rtn-w4a4",
-        weight_bits=4,
-        act_bits=4,
-        summary="round to nearest, 4-bit weights per output channel, 4-bit activations per token",
-        source="absmax rounding",
-    ),
-    Recipe(
-        name="w16",
-        weight_bits=16,
-        act_bits=16,
-        summary="weights stored in 16 bit, nothing quantized",
-        source="the source model",
-    ),
-    Recipe(
-        name="fp32",
-        weight_bits=32,
-        act_bits=32,
-        summary="weights as they are, nothing quantized",
-        source="the source model",
-    ),
-)
-
-
-def recipes() -> tuple[Recipe, ...]:
-    """Every registered recipe, the default one first."""
-    return _RECIPES
-
-
-def get_recipe(name: str) -> Recipe:
-    """Raises: UnknownRecipe, which lists the known names."""
-    for recipe in _RECIPES:
-        if recipe.name == name:
-            return recipe
-    raise UnknownRecipe(name, (recipe.name for recipe in _RECIPES))
+def _needs_calibration(values: Mapping[str, Any]) -> bool:
+    """Whether one layer with these fields does, whatever its overrides."""
+    return bool(
+        values["rounding"] != "nearest"
+        or values["low_rank_metric"] == "output"
+        or values["sparse_choice"] == "sensitivity"
+        or values["premul"] in ("smooth", "duquant")
+        or values["act_scale"] == "static"
+        or (values["columns"] and values["column_choice"] == "activation")
+        or values["repair_steps"]
+    )

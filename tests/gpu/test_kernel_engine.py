@@ -26,7 +26,7 @@ from bitdgdm.models.seam import Chain
 from bitdgdm.models.source import load_source
 from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.linear import QuantLinear
-from bitdgdm.quant.recipe import get_recipe
+from bitdgdm.quant.recipe_book import get_recipe
 
 pytestmark = pytest.mark.gpu
 if torch.cuda.is_available():

@@ -23,7 +23,7 @@ from bitdgdm.models.philox import edge_slots, node_slots, philox
 from bitdgdm.models.sampler import draw
 from bitdgdm.quant.decompose import codes, decompose
 from bitdgdm.quant.linear import QuantLinear
-from bitdgdm.quant.recipe import get_recipe
+from bitdgdm.quant.recipe_book import get_recipe
 from tests.kernels.conftest import Case, make_case
 from tests.kernels.emulate import Emulator
 

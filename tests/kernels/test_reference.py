@@ -22,7 +22,7 @@ from bitdgdm.models.features import network_input
 from bitdgdm.models.philox import philox
 from bitdgdm.quant.decompose import codes, decompose
 from bitdgdm.quant.linear import QuantLinear
-from bitdgdm.quant.recipe import get_recipe
+from bitdgdm.quant.recipe_book import get_recipe
 from tests.kernels.conftest import Case, make_case
 from tests.kernels.emulate import Emulator
 

@@ -15,7 +15,7 @@ from bitdgdm.models.features import network_input
 from bitdgdm.models.source import load_source
 from bitdgdm.quant.artifact import ArtifactHeader, save_artifact
 from bitdgdm.quant.decompose import decompose
-from bitdgdm.quant.recipe import get_recipe
+from bitdgdm.quant.recipe_book import get_recipe
 
 TINY = replace(
     QM9_NO_H,

@@ -22,7 +22,7 @@ from bitdgdm.models.sampler import Graphs, sample_batches, sample_ids
 from bitdgdm.models.seam import LoopEngine
 from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.linear import QuantLinear
-from bitdgdm.quant.recipe import get_recipe
+from bitdgdm.quant.recipe_book import get_recipe
 from tests.kernels.emulate import Emulator
 
 EMULATED = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")

@@ -25,7 +25,7 @@ from bitdgdm.pipelines.spec import CampaignSpec, make_spec
 from bitdgdm.pipelines.spec_reference import EXAMPLE, spec_page
 from bitdgdm.quant.artifact import ArtifactHeader
 from bitdgdm.quant.decompose import LinearParts
-from bitdgdm.quant.recipe import recipes
+from bitdgdm.quant.recipe_book import recipes
 from tests.pipelines.fake_campaign import make_campaign
 
 ROOT = Path(__file__).resolve().parents[2]

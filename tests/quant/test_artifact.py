@@ -24,7 +24,7 @@ from bitdgdm.quant.artifact import (
 )
 from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.linear import QuantLinear
-from bitdgdm.quant.recipe import get_recipe, recipes
+from bitdgdm.quant.recipe_book import get_recipe, recipes
 
 DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")
 QUANTIZED = ("trunk.0", "trunk.2")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bitdgdm.infra.errors import NotFinite
 from bitdgdm.quant.decompose import LayerReport, codes, decompose, dense, merged, narrow, side
-from bitdgdm.quant.recipe import Recipe, get_recipe, recipes
+from bitdgdm.quant.recipe import Recipe
+from bitdgdm.quant.recipe_book import get_recipe, recipes
 from bitdgdm.quant.robust_pca import budget
 
 DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdgdm.quant.decompose import decompose, merged
 from bitdgdm.quant.linear import QuantLinear, exact_product, quantize_tokens, row_threshold
-from bitdgdm.quant.recipe import Recipe, get_recipe, recipes
+from bitdgdm.quant.recipe import Recipe
+from bitdgdm.quant.recipe_book import get_recipe, recipes
 
 DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")
 VARIANTS = (

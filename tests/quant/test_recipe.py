@@ -5,41 +5,67 @@ import json
 
 import pytest
 
-from bitdgdm.infra.errors import UnknownRecipe
-from bitdgdm.quant.recipe import Recipe, get_recipe, recipes
+from bitdgdm.quant.recipe import Recipe
+
+RICH = Recipe(
+    "rich", 4, 4, rank=8, alpha=0.02, factor_bits=8, act_asymmetric=True, outlier_budget=3, act_scale="static",
+    act_bins=4, premul="smooth", rounding="gptq", calibration="uniform",
+    overrides=(("*.e_out", (("act_bits", 8), ("rank", 0))), ("mlp_*", (("weight_bits", 16), ("act_bits", 16)))),
+)  # fmt: skip
 
 
-def test_every_recipe_is_found_by_its_name_and_survives_json():
-    for recipe in recipes():
-        assert get_recipe(recipe.name) is recipe
-        assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+def test_a_recipe_survives_json_with_its_overrides_and_stays_hashable():
+    back = Recipe.from_dict(json.loads(json.dumps(RICH.to_dict())))
+    assert back == RICH and hash(back) == hash(RICH)
 
 
-def test_names_follow_the_scheme_of_their_fields():
-    for recipe in recipes():
-        if recipe.weight_quantized:
-            _, grid, *rest = recipe.name.split("-")
-            assert grid == f"w{recipe.weight_bits}a{recipe.act_bits}"
-            expected = [f"r{recipe.rank}"] * (recipe.rank > 0) + [f"s{recipe.alpha:.0%}"[:-1]] * (
-                recipe.alpha > 0
-            )
-            assert rest == expected
+def test_a_stored_recipe_without_the_newer_keys_means_what_it_meant():
+    old = {"name": "old", "weight_bits": 4, "act_bits": 4, "rank": 2, "alpha": 0.1, "factor_bits": 8}
+    old |= {
+        "act_asymmetric": True,
+        "outlier_sigma": 3.0,
+        "weight_clip": "mse",
+        "summary": "",
+        "source": "",
+        "version": 1,
+    }
+    expected = Recipe("old", 4, 4, 2, 0.1, 8, act_asymmetric=True, outlier_sigma=3.0, weight_clip="mse")
+    assert Recipe.from_dict(old) == expected
 
 
-def test_names_are_unique_and_each_recipe_says_what_it_is_and_where_from():
-    assert len({recipe.name for recipe in recipes()}) == len(recipes())
-    assert all(recipe.summary and recipe.source for recipe in recipes())
+def test_the_first_pattern_that_matches_a_layer_decides():
+    recipe = dataclasses.replace(
+        RICH, overrides=(("tf.*.e_out", (("act_bits", 8),)), ("tf.*", (("act_bits", 6),)))
+    )
+    bits = [recipe.for_layer(name).act_bits for name in ("tf.1.e_out", "tf.1.q", "head")]
+    assert bits == [8, 6, 4]
+    assert all(recipe.for_layer(name).overrides == () for name in ("tf.1.e_out", "tf.1.q", "head"))
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(UnknownRecipe) as caught:
-        get_recipe("rtn-w3a3")
-    assert all(recipe.name in str(caught.value) for recipe in recipes())
+def test_a_layer_that_is_kept_in_full_precision_keeps_no_part_of_the_recipe():
+    assert RICH.for_layer("mlp_in") == Recipe("rich", 16, 16)
+
+
+def test_calibration_follows_the_layer_that_needs_it():
+    recipe = Recipe(
+        "mixed", 4, 4, calibration="skewed", overrides=(("a", (("act_scale", "static"), ("act_bins", 8))),)
+    )
+    assert recipe.needs_calibration
+    assert recipe.for_layer("a").calibration == "skewed" and recipe.for_layer("b").calibration == "none"
+    with pytest.raises(ValueError, match="calibration"):
+        dataclasses.replace(recipe, calibration="none")
+    with pytest.raises(ValueError, match="calibration"):
+        Recipe("idle", 4, 4, calibration="uniform")
+
+
+def test_a_recipe_without_overrides_is_its_own_layer_recipe():
+    recipe = Recipe("plain", 8, 8)
+    assert recipe.for_layer("any") is recipe
 
 
 def test_a_recipe_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        get_recipe("rtn-w8a8").weight_bits = 4
+        RICH.weight_bits = 8
 
 
 @pytest.mark.parametrize(
@@ -47,20 +73,45 @@ def test_a_recipe_cannot_be_changed():
     [
         {"weight_bits": 5},
         {"act_bits": 0},
-        {"factor_bits": 4},
+        {"factor_bits": 3},
         {"weight_clip": "percentile"},
         {"rank": -1},
+        {"rank": 2.0},
+        {"remainder": 1},
         {"alpha": 1.0},
         {"outlier_sigma": 0.0},
         {"weight_bits": 16, "act_bits": 4},
+        {"weight_bits": 16, "act_bits": 16, "premul": "hadamard"},
+        {"weight_bits": 1},
+        {"weight_format": "fp8"},
+        {"weight_format": "codebook"},
+        {"weight_format": "codebook", "act_bits": 16, "rounding": "gptq", "calibration": "uniform"},
+        {"remainder": False},
+        {"solver": "pca"},
+        {"low_rank_metric": "output", "rank": 4, "calibration": "uniform"},
+        {"sparse_choice": "magnitude"},
+        {"solver": "outlier-pursuit"},
+        {"act_format": "fp8"},
+        {"act_scale": "one", "act_bits": 8},
+        {"act_bins": 4},
+        {"act_range": "mse"},
+        {"act_scale": "static"},
+        {"outlier_sigma": 3.0, "outlier_budget": 2},
+        {"act_bits": 16, "outlier_budget": 2},
+        {"repair_steps": 10},
+        {"smooth_strength": 1.5},
+        {"overrides": (("*", (("weight_bits", 5),)),)},
+        {"overrides": (("*", (("colour", 1),)),)},
+        {"overrides": (("*", (("premul", "smooth"),)),)},
     ],
+    ids=str,
 )
-def test_a_field_out_of_range_is_refused(change):
+def test_what_no_layer_could_run_is_refused(change):
     with pytest.raises(ValueError, match="odd"):
         dataclasses.replace(Recipe("odd", 4, 4), **change)
 
 
-@pytest.mark.parametrize("change", [{"colour": 1}, {"rank": None}])
+@pytest.mark.parametrize("change", [{"colour": 1}, {"rank": None}, {"overrides": 3}])
 def test_a_stored_recipe_with_a_wrong_key_or_type_is_refused(change):
     values = Recipe("odd", 4, 4).to_dict() | change
     with pytest.raises((ValueError, TypeError)):

@@ -12,7 +12,7 @@ import torch
 from bitdgdm.models.digress import quantizable
 from bitdgdm.models.source import load_source
 from bitdgdm.quant.decompose import decompose
-from bitdgdm.quant.recipe import get_recipe
+from bitdgdm.quant.recipe_book import get_recipe
 from bitdgdm.quant.robust_pca import budget
 
 DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")

@@ -8,7 +8,7 @@ import torch
 from bitdgdm.infra.errors import NotFinite
 from bitdgdm.models.source import load_source, save_source, source_model
 from bitdgdm.pipelines.quantize import quantize
-from bitdgdm.quant.recipe import get_recipe
+from bitdgdm.quant.recipe_book import get_recipe
 from bitdgdm.tasks.decompose_layer import decompose_layer, decompose_task
 
 
