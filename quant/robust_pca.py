@@ -68,11 +68,21 @@ def _largest_of_row(size: Tensor, k: int) -> Tensor:
     return mask
 
 
+def spectrum(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values float64[B, in], falling, and right vectors float64[B, in, in] of w [B, out, in], out >= in.
+
+    From the Gram matrix in float64: values below 1e-8 of the largest one are noise.
+    """
+    wide = w.double()
+    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+    return values.flip(-1).clamp_min(0.0).sqrt(), vectors.flip(-1)
+
+
 def truncated_svd(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Balanced factors U sqrt(Sigma), V sqrt(Sigma) of the best rank-`rank` approximation.
 
     w: float[B, out, in] -> [B, out, rank], [B, in, rank]; directions below 1e-7 of the largest one are zero.
-    From the eigenvectors of the smaller Gram matrix in float64: a tenth of the time of a full SVD, and
+    From the eigenvectors of the smaller Gram matrix in float64 (`spectrum`): a tenth of the time of a full SVD, and
     accurate here because directions smaller than 1e-7 are dropped. The largest entry of a left vector is
     positive.
     """
@@ -81,9 +91,7 @@ def truncated_svd(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return left, right
     rank_found = min(rank, w.shape[-1])
     wide = w.double()
-    values, vectors = torch.linalg.eigh(wide.mT @ wide)
-    v = vectors[..., -rank_found:].flip(-1)
-    sigma = values[..., -rank_found:].flip(-1).clamp_min(0.0).sqrt()
+    sigma, v = (part[..., :rank_found] for part in spectrum(wide))
     alive = sigma > 1e-7 * sigma[..., :1]
     root = torch.where(alive, sigma, 1.0).sqrt()
     left = torch.where(alive.unsqueeze(-2), (wide @ v) / root.unsqueeze(-2), 0.0)
@@ -95,6 +103,11 @@ def truncated_svd(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left, right
 
 
+def transposed(found: LowRankSparse) -> LowRankSparse:
+    """The split of W^T, of W."""
+    return LowRankSparse(found.right, found.left, found.sparse.mT.contiguous(), found.steps)
+
+
 def scaled_gd(
     w: Tensor, rank: int, alpha: float, *, steps: int = 60, eta: float = 0.5, tolerance: float = 1e-4
 ) -> LowRankSparse:
@@ -102,14 +115,11 @@ def scaled_gd(
 
     w: float[B, out, in], finite. eta: step, 0.1 to 2/3. A matrix stops once ||D|| changes by less than
     `tolerance` ||W|| in a step, D = L R^T + S - W; 0 runs all steps.
-    Polish: S is cut back from 2 alpha to alpha, the factors are refitted to W - S, and S to what they leave.
-    Without the refit the entries that lost their place in S stay in the remainder at full size, and a 4-bit
-    remainder has 1.2 times the error.
     Source: Tong, Ma, Chi, JMLR 22(150), 2021, algorithm 2; the polish is ours.
     """
     first_left, first_right = truncated_svd(w - keep_largest(w, alpha), rank)
     left, right = first_left, first_right
-    norm_w = _norm(w)
+    norm_w = norm(w)
     before = torch.full_like(norm_w, torch.inf)
     active = norm_w > 0
     taken = torch.zeros(w.shape[0], dtype=torch.int64, device=w.device)
@@ -119,36 +129,56 @@ def scaled_gd(
         rest = w - left @ right.mT
         # twice alpha inside the loop: the published proof needs the slack
         d = keep_largest(rest, 2 * alpha) - rest
-        now = _norm(d)
+        now = norm(d)
         active = active & ((now - before).abs() >= tolerance * norm_w)
         before = now
-        new_left = left - eta * _times_inverse(d @ right, right)  # both factors from the old values
-        new_right = right - eta * _times_inverse(d.mT @ left, left)
+        new_left = left - eta * times_inverse(d @ right, right)  # both factors from the old values
+        new_right = right - eta * times_inverse(d.mT @ left, left)
         moving = active[:, None, None]
         left, right = torch.where(moving, new_left, left), torch.where(moving, new_right, right)
         taken += active
+    return polish(w, left, right, alpha, taken, start=(first_left, first_right))
+
+
+def polish(
+    w: Tensor,
+    left: Tensor,
+    right: Tensor,
+    alpha: float,
+    steps: Tensor,
+    *,
+    start: tuple[Tensor, Tensor] | None = None,
+) -> LowRankSparse:
+    """Turn the factors at which a solver ended into a split that obeys alpha and is no worse than its start.
+
+    S is cut to alpha, the factors are refitted to W - S, and S to what they leave. Without the refit the entries
+    that lost their place in S stay in the remainder at full size, and a 4-bit remainder has 1.2 times the error.
+    start: the factors to fall back to, by default the truncated SVD of W - T_alpha(W).
+    """
+    rank = left.shape[-1]
+    first_left, first_right = truncated_svd(w - keep_largest(w, alpha), rank) if start is None else start
     finite = (left @ right.mT).isfinite().all(dim=-1).all(dim=-1)[:, None, None]  # an iterate may run away
     left, right = torch.where(finite, left, first_left), torch.where(finite, right, first_right)
     if rank > 0:
         left, right = truncated_svd(w - keep_largest(w - left @ right.mT, alpha), rank)
     sparse = keep_largest(w - left @ right.mT, alpha)
     first_sparse = keep_largest(w - first_left @ first_right.mT, alpha)
-    gained = _norm(left @ right.mT + sparse - w) <= _norm(first_left @ first_right.mT + first_sparse - w)
+    gained = norm(left @ right.mT + sparse - w) <= norm(first_left @ first_right.mT + first_sparse - w)
     gained = gained[:, None, None]
     return LowRankSparse(
         torch.where(gained, left, first_left),
         torch.where(gained, right, first_right),
         torch.where(gained, sparse, first_sparse),
-        taken,
+        steps,
     )
 
 
-def _norm(a: Tensor) -> Tensor:
+def norm(a: Tensor) -> Tensor:
     """Frobenius norm, float64[B]: rows first, so that it doesn't depend on the number of threads."""
     return a.double().square().sum(dim=-1).sum(dim=-1).sqrt()
 
 
-def _times_inverse(a: Tensor, factor: Tensor) -> Tensor:
+def times_inverse(a: Tensor, factor: Tensor) -> Tensor:
     """a (F^T F)^-1 for a [B, n, R], F [B, m, R]; the R x R system is solved in float64."""
     wide = factor.double()
     gram = wide.mT @ wide
