@@ -69,7 +69,8 @@ def _largest_of_row(size: Tensor, k: int) -> Tensor:
 
 
 def spectrum(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values float64[B, in], falling, and right vectors float64[B, in, in] of w [B, out, in], out >= in.
+    """Singular values float64[B, in], falling, and right vectors float64[B, in, in] of w [B, out, in], out
+    >= in.
 
     From the Gram matrix in float64: values below 1e-8 of the largest one are noise.
     """
@@ -82,9 +83,9 @@ def truncated_svd(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Balanced factors U sqrt(Sigma), V sqrt(Sigma) of the best rank-`rank` approximation.
 
     w: float[B, out, in] -> [B, out, rank], [B, in, rank]; directions below 1e-7 of the largest one are zero.
-    From the eigenvectors of the smaller Gram matrix in float64 (`spectrum`): a tenth of the time of a full SVD, and
-    accurate here because directions smaller than 1e-7 are dropped. The largest entry of a left vector is
-    positive.
+    From the eigenvectors of the smaller Gram matrix in float64 (`spectrum`): a tenth of the time of a full
+    SVD, and accurate here because directions smaller than 1e-7 are dropped. The largest entry of a left
+    vector is positive.
     """
     if w.shape[-2] < w.shape[-1]:
         right, left = truncated_svd(w.mT, rank)
@@ -151,8 +152,9 @@ def polish(
 ) -> LowRankSparse:
     """Turn the factors at which a solver ended into a split that obeys alpha and is no worse than its start.
 
-    S is cut to alpha, the factors are refitted to W - S, and S to what they leave. Without the refit the entries
-    that lost their place in S stay in the remainder at full size, and a 4-bit remainder has 1.2 times the error.
+    S is cut to alpha, the factors are refitted to W - S, and S to what they leave. Without the refit the
+    entries that lost their place in S stay in the remainder at full size, and a 4-bit remainder has 1.2
+    times the error.
     start: the factors to fall back to, by default the truncated SVD of W - T_alpha(W).
     """
     rank = left.shape[-1]
