@@ -1,7 +1,7 @@
 """Move the size of outlier channels from the activations into the weights (SmoothQuant, SVDQuant's first step).
 
-Guarantees: (x / s) (w * s)^T is x w^T for the scales s of every function here; a scale is positive, finite and
-exact in bfloat16, so storing it in 16 bit changes nothing; a channel that is never used keeps scale 1.
+Guarantees: (x / s) (w * s)^T is x w^T for the scales s of every function here; a scale is finite, not zero and exact
+in bfloat16, so storing it in 16 bit changes nothing; a channel that is never used keeps scale 1.
 Knows nothing of: what is done to the smoothed weight, and of LayerNorms that could take the division for free.
 
 Source: Xiao et al., "SmoothQuant", ICML 2023, equation 4; the search over exponents follows deepcompressor
@@ -16,6 +16,9 @@ from torch import Tensor
 
 SMALLEST = 1e-4
 """Least scale, in parts of the layer's largest: a channel that calibration hardly saw must not be blown up."""
+
+ONE_SIDED = 0.8
+"""Share of a channel's entries, and of the channels, that must agree before channels are flipped."""
 
 EXPONENTS = tuple(step / 10 for step in range(11))
 """Strengths that the search tries; 0 moves nothing but the weights' own spread."""
@@ -65,3 +68,31 @@ def _rounded(rows: Tensor, bits: int) -> Tensor:
     top = 2 ** (bits - 1) - 1
     step = (rows.abs().amax(dim=-1, keepdim=True) / top).clamp_min(torch.finfo(torch.float32).tiny)
     return (rows / step).round_().mul_(step)
+
+
+def merging_signs(sample: Tensor) -> Tensor:
+    """-1 where an input channel is negative nearly always, else 1: float32[in], to be used as a smoothing scale.
+
+    Channels of two kinds, always positive and always negative, make a distribution with two humps; flipping one kind
+    leaves one hump on one side, which asymmetric codes cover with half the step. Nothing is flipped unless at least a
+    share ONE_SIDED of the channels is one-sided. sample: float[m, in].
+    Source: Lv et al., "PTQ4SAM", CVPR 2024, section 3.2; chengtao-lv/PTQ4SAM at 4ec50bd.
+    """
+    balance = (sample > 0).double().mean(dim=0) - (sample < 0).double().mean(dim=0)
+    if float((balance.abs() >= ONE_SIDED).double().mean()) < ONE_SIDED:
+        return torch.ones(sample.shape[1])
+    return torch.where(balance < 0, -1.0, 1.0).float().cpu()
+
+
+def integrating_scale(sample: Tensor, scattered: float = 2.0) -> Tensor:
+    """Scales that give channels of unusual range the usual one: float32[in], exact in bfloat16.
+
+    A channel whose largest |x| is more than `scattered` times the median channel's is divided by its surplus; the
+    others keep scale 1. sample: float[m, in].
+    Source: Tian et al., "QVD", ACM MM 2024, scattered channel range integration; the offset of a channel is left out,
+    because the codes' zero point is shared.
+    """
+    size = sample.abs().amax(dim=0).double()
+    usual = size[size > 0].median() if bool((size > 0).any()) else size.new_ones(())
+    scale = torch.where(size > scattered * usual, size / (scattered * usual), 1.0)
+    return scale.to(torch.bfloat16).float().cpu()
