@@ -1,7 +1,7 @@
 """Outlier thresholds of activations from weights alone, without data.
 
-Guarantees: `layernorm_bound` and the outlier count behind `k_sigma` hold for every token that comes out of
-the given LayerNorm, not on average. `relu_k_sigma` is an estimate (it takes the normalised token for standard
+Guarantees: `layernorm_bound`, `relu_bound` and the outlier count behind `k_sigma` hold for every token that comes out
+of the given LayerNorm, not on average. `relu_k_sigma` is an estimate (it takes the normalised token for standard
 normal).
 Knows nothing of: which Linear is fed by which LayerNorm; where no closed form holds, QuantLinear takes the
 threshold of each token from its root mean square.
@@ -41,3 +41,16 @@ def relu_k_sigma(w1: Tensor, b1: Tensor, gamma: Tensor, beta: Tensor, k: float) 
     mean = wide @ beta.double() + b1.double()
     deviation = (wide.square() @ gamma.double().square()).sqrt()
     return torch.clamp(mean + k * deviation, min=0.0).to(w1.dtype)
+
+
+def relu_bound(w1: Tensor, b1: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """float[hidden]: ReLU(w1 x + b1) never exceeds it, for any token x from the LayerNorm.
+
+    With u = w1_i * gamma the unit is u . z + w1_i . beta + b1_i, and since sum z = 0 and |z|^2 <= d it is at most
+    |u - mean(u)| sqrt(d) above its mean (Cauchy-Schwarz).
+    """
+    wide = w1.double()
+    mean = wide @ beta.double() + b1.double()
+    u = wide * gamma.double()
+    reach = (u - u.mean(dim=1, keepdim=True)).norm(dim=1) * math.sqrt(u.shape[1])
+    return torch.clamp(mean + reach, min=0.0).to(w1.dtype)

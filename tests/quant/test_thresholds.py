@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bitdgdm.quant.thresholds import k_sigma, layernorm_bound, outlier_limit, relu_k_sigma
+from bitdgdm.quant.thresholds import k_sigma, layernorm_bound, outlier_limit, relu_bound, relu_k_sigma
 
 
 @st.composite
@@ -58,3 +58,24 @@ def test_relu_k_sigma_is_the_mean_plus_k_deviations_of_the_simulated_pre_activat
 def test_a_unit_that_never_fires_has_threshold_zero():
     w1, b1 = torch.ones(1, 4), torch.tensor([-100.0])
     assert float(relu_k_sigma(w1, b1, torch.ones(4), torch.zeros(4), 3.0)) == 0.0
+
+
+@given(normalised_tokens(), st.integers(0, 2**32 - 1))
+def test_no_unit_behind_a_relu_exceeds_its_bound_for_any_token(case, seed):
+    x, gamma, beta = case
+    rng = np.random.default_rng(seed)
+    w1, b1 = (torch.from_numpy(rng.standard_normal(s) * 10) for s in ((5, x.numel()), 5))
+    hidden = torch.relu(w1 @ x + b1)
+    bound = relu_bound(w1, b1, gamma, beta)
+    scale = (w1.abs() @ (gamma.abs() * x.numel() ** 0.5 + beta.abs()) + b1.abs()).max()
+    assert bool((hidden <= bound + 1e-9 * scale).all())
+
+
+def test_the_relu_bound_is_reached_by_the_token_that_points_along_the_unit():
+    torch.manual_seed(0)
+    w1, gamma, beta = torch.randn(1, 32).double(), torch.rand(32).double(), torch.randn(32).double()
+    u = (w1 * gamma)[0]
+    x = F.layer_norm(1e6 * (u - u.mean()), (32,), gamma, beta)
+    b1 = torch.tensor([0.3]).double()
+    hidden, bound = torch.relu(w1 @ x + b1), relu_bound(w1, b1, gamma, beta)
+    assert float(hidden) > 0.9999 * float(bound) > 0
