@@ -59,13 +59,11 @@ def _largest_of_row(size: Tensor, k: int) -> Tensor:
         return torch.zeros_like(size, dtype=torch.bool)
     threshold = size.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     mask = (size >= threshold) & (size > 0)
-    crowded = mask.sum(dim=-1) > k
-    if bool(crowded.any()):
-        rows = size[crowded]
-        above, equal = rows > threshold[crowded], rows == threshold[crowded]
-        room = k - above.sum(dim=-1, keepdim=True)
-        mask[crowded] = (above | (equal & (equal.cumsum(dim=-1) <= room))) & (rows > 0)
-    return mask
+    if not size.is_cuda and not bool((mask.sum(dim=-1) > k).any()):  # a GPU would have to be waited for
+        return mask
+    above, equal = size > threshold, size == threshold
+    room = k - above.sum(dim=-1, keepdim=True)
+    return mask & (above | (equal.cumsum(dim=-1) <= room))
 
 
 def spectrum(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +118,10 @@ def scaled_gd(
     """
     first_left, first_right = truncated_svd(w - keep_largest(w, alpha), rank)
     left, right = first_left, first_right
+    if alpha <= 0.0:  # nothing is better than the truncated SVD
+        return LowRankSparse(
+            left, right, torch.zeros_like(w), torch.zeros(len(w), dtype=torch.int64, device=w.device)
+        )
     norm_w = norm(w)
     before = torch.full_like(norm_w, torch.inf)
     active = norm_w > 0
