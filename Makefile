@@ -53,7 +53,7 @@ lock:
 	.venv-lock/bin/python -m pip install $(PIP_FLAGS) setuptools
 	.venv-lock/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation -e '.[dev,server]'
 	{ sed -n '/^#/p' requirements.lock; .venv-lock/bin/python -m pip freeze --all --exclude pip --exclude-editable \
-		| sed 's/+[a-z0-9.]*$$//' | grep -Ev '^(nvidia-|cuda-|triton==)' ; } > requirements.lock.new
+		| sed 's/+[a-z0-9.]*$$//' | grep -vP '^(nvidia-(?!cuda-nvdisasm)|cuda-(?!toolkit)|triton==)' ; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock && rm -rf .venv-lock
 
 clean:

@@ -274,14 +274,12 @@ class KernelsUnavailable(BitDGDMError):
 
 
 class DeviceMemoryFull(BitDGDMError):
-    """The GPU has no room for a batch; `fits` graphs would be about as many as it has room for."""
+    """The GPU has no room for a batch; `fits` graphs at a time are as many as it has room for."""
 
     def __init__(self, device: str, wanted: int, fits: int) -> None:
         self.device, self.wanted, self.fits = device, wanted, fits
-        super().__init__(
-            f"{device} has no memory left for {wanted} molecules at a time; about {fits} fit. "
-            f"Use --micro-batch {max(1, fits)}, or free the GPU"
-        )
+        way_out = f"{fits} fit. Use --micro-batch {fits}, or" if fits else "not even one fits. See nvidia-smi, and"
+        super().__init__(f"{device} has no memory left for {wanted} molecules at a time; {way_out} free the GPU")
 
 
 # -- cluster ------------------------------------------------------------------------------------------------

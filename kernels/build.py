@@ -7,6 +7,7 @@ Knows nothing of: PyCUDA, devices, what a kernel computes. Errors are its own (t
 """
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -34,7 +35,8 @@ class CompilerMissing(RuntimeError):
         self.source, self.folder = source, folder
         super().__init__(
             f"{source} is not compiled in {folder} and there is no nvcc. Install the CUDA toolkit and put nvcc on the "
-            "PATH (or set CUDA_HOME), or copy a cache folder here and name it with BITDGDM_KERNEL_CACHE"
+            "PATH (or set CUDA_HOME), or pip install 'cuda-toolkit[nvcc]', or copy a cache folder here and name it with "
+            "BITDGDM_KERNEL_CACHE"
         )
 
 
@@ -80,12 +82,21 @@ def cache_folder() -> Path:
 
 
 def find_nvcc() -> str | None:
-    """Path of the compiler: in CUDA_HOME or CUDA_PATH, on the PATH, or where the toolkit installs itself."""
+    """Path of the compiler: in CUDA_HOME or CUDA_PATH, on the PATH, where the toolkit installs itself, or from PyPI."""
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     for root in filter(None, roots):
         if (Path(root) / "bin" / "nvcc").is_file():
             return str(Path(root) / "bin" / "nvcc")
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return find_tool("nvcc")
+
+
+def find_tool(name: str) -> str | None:
+    """Path of a program of the toolkit: on the PATH, where the toolkit installs itself, or from its PyPI packages."""
+    places = [None, "/usr/local/cuda/bin"]
+    packages = importlib.util.find_spec("nvidia")
+    for root in (packages and packages.submodule_search_locations) or ():
+        places += [str(folder) for folder in sorted(Path(root).glob("cu*/bin"))]
+    return next(filter(None, (shutil.which(name, path=place) for place in places)), None)
 
 
 @cache

@@ -16,6 +16,8 @@ from bitdgdm.kernels.launch import Launcher
 from bitdgdm.kernels.network import Layer, Network
 
 _TURN, _NODE, _TOTAL = 24, 80, 40  # bytes of the structs of features.cu
+NODE_TILE = 16896  # bytes of shared memory for a query tile of node.cu
+GRAPH_SHARED = 64 * 1024 + 8 * 1024  # four warps' sums and y, for 64 graphs of 64 channels or 32 of 128
 
 
 def attend_steps(shared_bytes: int) -> int:
@@ -23,11 +25,16 @@ def attend_steps(shared_bytes: int) -> int:
     return min(16, (shared_bytes - 32768 - 2816) // 12288)
 
 
-def _attend_shared(steps: int) -> int:
+def attend_shared(steps: int) -> int:
     return steps * 12288 + 32768 + 2816
 
 
-def _features_shared(n_pad: int) -> tuple[int, int]:
+def node_tiles(shared_bytes: int) -> int:
+    """Query tiles of a block of the node kernels of any GPU, for which there is shared memory."""
+    return 8 if shared_bytes >= 8 * NODE_TILE else 4
+
+
+def features_shared(n_pad: int) -> tuple[int, int]:
     """Warps a block and bytes a block."""
     m = n_pad + n_pad % 2
     graph = 2 * m * (m + 1) * 8 + m // 2 * _TURN + m * _NODE + m * 8 + _TOTAL
@@ -90,7 +97,7 @@ class Denoiser:
     def features(self, plain_x: Tensor | None = None, plain_y: Tensor | None = None) -> None:
         """Classes -> rows_in, graphs_in; also as float32[B, n_pad, channels], float32[B, channels] when given."""
         at, s = self.layout, self.network.shape
-        warps, shared = _features_shared(s.n_pad)
+        warps, shared = features_shared(s.n_pad)
         per_block = warps * (32 // min(32, s.n_pad + s.n_pad % 2))
         self._run(
             "features", "features", -(-at.count // per_block), warps * 32, shared,
@@ -106,7 +113,7 @@ class Denoiser:
             self.E, at.tile_of, at.tile_start, at.rows, self.e, net.edge_table, self.step, at.m_tiles, s.n_pad, s.classes_e,
         )  # fmt: skip
         self._run(
-            "graph_path", "graph_in", self._graph_blocks, 256, self._graph_shared,
+            "graph_path", "graph_in", self._graph_blocks, 256, GRAPH_SHARED,
             self.graphs_in, self.y, self.film_e, self.film_x, net.graph_in, net.graph_in_vec,
         )  # fmt: skip
         self._node("node_in", self.rows_in, self.X, self.q, self.kv, net.node_in, net.node_in_vec)
@@ -115,17 +122,14 @@ class Denoiser:
     def _graph_blocks(self) -> int:
         return len(self.y) * 16 * self.network.shape.dy // 4096
 
-    @property
-    def _graph_shared(self) -> int:
-        return 64 * 1024 + 8 * 1024  # four warps' sums and y, for 64 graphs of 64 channels or 32 of 128
-
     def _node(self, kernel: str, *args: Tensor) -> None:
         tiles, blocks = self.layout.tiles, -(-self.layout.tiles // 8)
         if self.network.hopper:
             even = min(blocks + blocks % 2, self.launcher.multiprocessors & ~1)  # blocks may come in pairs
             self._run("node_wg_s8" if self.network.int8 else "node_wg", kernel, even, 384, 213120, *args, tiles)
         else:
-            self._run("node", kernel, blocks, 256, 135168, *args, tiles)
+            each = node_tiles(self.launcher.shared_bytes)
+            self._run("node", kernel, -(-tiles // each), 256, each * NODE_TILE, *args, tiles)
 
     def layer(self, i: int) -> None:
         """Layer i; the last one ends in logits."""
@@ -136,7 +140,7 @@ class Denoiser:
                 "graph_path", "pool", -(-at.count // 4), 128, 0,
                 self.X, self.E, at.tile_start, at.graphs, p.pad, self.z, at.count, s.n_pad,
             )  # fmt: skip
-        source, shared = ("edge_wg", 201728) if self.network.hopper else ("edge_attend", _attend_shared(self.attend_steps))
+        source, shared = ("edge_wg", 201728) if self.network.hopper else ("edge_attend", attend_shared(self.attend_steps))
         self._run(
             source, "edge_attend", len(at.block_tile) - 1, 512, shared,
             self.E, self.E1, self.q, self.kv, self.film_e, self.film_x, self.gathered, at.tile_start, at.rows,
@@ -147,7 +151,7 @@ class Denoiser:
             self._node("node_out", self.gathered, self.X, self.logits_x, p.node, p.node_vec)
             return
         self._run(
-            "graph_path", "graph_mid", self._graph_blocks, 256, self._graph_shared,
+            "graph_path", "graph_mid", self._graph_blocks, 256, GRAPH_SHARED,
             self.z, self.y, self.film_e, self.film_x, p.graph, p.graph_vec,
         )  # fmt: skip
         self._node("node_mid", self.gathered, self.X, self.q, self.kv, p.node, p.node_vec)

@@ -20,7 +20,7 @@
 #define FFY 2048
 constexpr int TILES = DY > 64 ? 2 : 4;
 constexpr bool AHEAD = DY <= 64;  // load weights before they are needed, where there are registers for it
-constexpr int UNROLL = AHEAD ? 2 : 1;
+constexpr int UNROLL = AHEAD ? 2 : 1, UNROLL_ALL = AHEAD ? KS : 1;
 
 struct Pool {  // of a pair of channels; sums of x - origin, so that the variance is not the difference of large numbers
   float origin0, origin1, sum0, sum1, sq0, sq1;
@@ -332,9 +332,11 @@ graph_mid(const uint4* z, uint4* y, uint2* film_e, uint2* film_x, const uint4* w
 #pragma unroll 1
     for (int layer = 0; layer < 2; layer++) {
       to_tiles(a, h);
-      clear(h);
 #pragma unroll
-      for (int ks = 0; ks < KS; ks++) add_product(h, a[ks], m + ks * KS * 32, lane);
+      for (int ks = 0; ks < KS; ks++) ys[(warp * KS + ks) * 32 + lane] = a[ks];  // a lane reads what it wrote
+      clear(h);
+#pragma unroll UNROLL_ALL
+      for (int ks = 0; ks < KS; ks++) add_product(h, ys[(warp * KS + ks) * 32 + lane], m + ks * KS * 32, lane);
       bias_to(h, v, lane);
       if (layer == 0) relu_rows(h);
       m += KS * KS * 32, v += DY;

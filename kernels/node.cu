@@ -3,22 +3,27 @@
 //   node_mid: x_out + X, LayerNorm, linX1, linX2, LayerNorm,   then q, k, v of the next layer
 //   node_out: the same of the last layer,                      then the output MLP: logits
 //
-// A block of 8 warps owns 8 query tiles (128 rows x 256 channels). Activations live in shared memory in fragment order
-// (X 64 KB, hidden 64 KB), weights stream from L2 straight into B fragments (both warps that share one take it from L1).
-// Warp (m, n) = (warp / 4, warp % 4) computes 4 tiles x 64 channels: 128 float accumulators a lane, 32 products for each
-// 8 loads of 16 bytes. Operations a row: 6 x 65,536 MAC; bytes a row: 0.5 KB X, 0.5 KB gathered in, 2 KB out.
+// A block of 8 warps owns 8 query tiles (128 rows x 256 channels; 4 where an SM has less than 132 KB of shared memory).
+// Activations live in shared memory in fragment order (X 64 KB, hidden 64 KB), weights stream from L2 straight into B
+// fragments (both warps that share one take it from L1). Warp (m, n) = (warp / 4, warp % 4) computes 4 tiles x 64
+// channels: 128 float accumulators a lane, 32 products for each 8 loads of 16 bytes. Operations a row: 6 x 65,536 MAC;
+// bytes a row: 0.5 KB X, 0.5 KB gathered in, 2 KB out.
 #include "warp.cuh"
 
-#define TILES 8
+#ifndef NODE_TILES
+#define NODE_TILES 8
+#endif
+#define TILES NODE_TILES
+#define MT (TILES / 2)  // of a warp
 
 struct Place {
   int m, n, lane;
-  MEMBER int tile(int mt) const { return m * 4 + mt; }
+  MEMBER int tile(int mt) const { return m * MT + mt; }
   MEMBER int channel(int nt) const { return n * 64 + nt * 8 + (lane & 3) * 2; }
   MEMBER int at(int mt, int np) const { return (tile(mt) * 16 + n * 4 + np) * 32 + lane; }
 };
 
-typedef float Acc[4][8][4];
+typedef float Acc[MT][8][4];
 
 // acc = bias + A W^T. A: [TILES][16][32] in shared memory, W: packed [256, 16 KS] in global memory.
 template <int KS>
@@ -27,7 +32,7 @@ DEV void product(Acc& acc, const uint4* A, const uint4* __restrict__ W, const fl
   for (int nt = 0; nt < 8; nt++) {
     const float2 b = *(const float2*)(bias + at.channel(nt));
 #pragma unroll
-    for (int mt = 0; mt < 4; mt++) acc[mt][nt][0] = acc[mt][nt][2] = b.x, acc[mt][nt][1] = acc[mt][nt][3] = b.y;
+    for (int mt = 0; mt < MT; mt++) acc[mt][nt][0] = acc[mt][nt][2] = b.x, acc[mt][nt][1] = acc[mt][nt][3] = b.y;
   }
   uint4 b[4];
 #pragma unroll
@@ -40,7 +45,7 @@ DEV void product(Acc& acc, const uint4* A, const uint4* __restrict__ W, const fl
       for (int np = 0; np < 4; np++) next[np] = load16(W + ((ks + 1) * 16 + at.n * 4 + np) * 32 + at.lane);
     }
 #pragma unroll
-    for (int mt = 0; mt < 4; mt++) {
+    for (int mt = 0; mt < MT; mt++) {
       const uint4 a = A[(at.tile(mt) * 16 + ks) * 32 + at.lane];
 #pragma unroll
       for (int np = 0; np < 4; np++) {
@@ -55,27 +60,27 @@ DEV void product(Acc& acc, const uint4* A, const uint4* __restrict__ W, const fl
 
 DEV void relu_all(Acc& acc) {
 #pragma unroll
-  for (int i = 0; i < 128; i++) acc[i >> 5][i >> 2 & 7][i & 3] = relu(acc[i >> 5][i >> 2 & 7][i & 3]);
+  for (int i = 0; i < MT * 32; i++) acc[i >> 5][i >> 2 & 7][i & 3] = relu(acc[i >> 5][i >> 2 & 7][i & 3]);
 }
 
 DEV void to_shared(const Acc& acc, uint4* to, const Place& at) {
 #pragma unroll
-  for (int mt = 0; mt < 4; mt++)
+  for (int mt = 0; mt < MT; mt++)
 #pragma unroll
     for (int np = 0; np < 4; np++) to[at.at(mt, np)] = pack_tile(acc[mt][2 * np], acc[mt][2 * np + 1]);
 }
 
 DEV void add_shared(Acc& acc, const uint4* from, const Place& at) {
 #pragma unroll
-  for (int mt = 0; mt < 4; mt++)
+  for (int mt = 0; mt < MT; mt++)
 #pragma unroll
     for (int np = 0; np < 4; np++) add_tile(acc[mt][2 * np], acc[mt][2 * np + 1], from[at.at(mt, np)]);
 }
 
-// Sum over the 256 channels of each row, spread over a quad of lanes and four warps. part: [2 * 4 * 8 rows][4].
-DEV void row_sums(float (&sum)[4][2], float* part, const Place& at) {
+// Sum over the 256 channels of each row, spread over a quad of lanes and four warps. part: [16 TILES rows][4].
+DEV void row_sums(float (&sum)[MT][2], float* part, const Place& at) {
 #pragma unroll
-  for (int mt = 0; mt < 4; mt++)
+  for (int mt = 0; mt < MT; mt++)
 #pragma unroll
     for (int hi = 0; hi < 2; hi++) {
       const float s = quad_sum(sum[mt][hi]);
@@ -83,7 +88,7 @@ DEV void row_sums(float (&sum)[4][2], float* part, const Place& at) {
     }
   block_sync();
 #pragma unroll
-  for (int mt = 0; mt < 4; mt++)
+  for (int mt = 0; mt < MT; mt++)
 #pragma unroll
     for (int hi = 0; hi < 2; hi++) {
       const float4 p = *(const float4*)(part + (at.tile(mt) * 16 + hi * 8 + (at.lane >> 2)) * 4);
@@ -93,9 +98,9 @@ DEV void row_sums(float (&sum)[4][2], float* part, const Place& at) {
 
 // LayerNorm over 256 channels; norm: gamma then beta. Two barriers inside: all products before it are over after it.
 DEV void row_norm(Acc& acc, const float* norm, float* part, const Place& at) {
-  float mean[4][2], sq[4][2];
+  float mean[MT][2], sq[MT][2];
 #pragma unroll
-  for (int mt = 0; mt < 4; mt++)
+  for (int mt = 0; mt < MT; mt++)
 #pragma unroll
     for (int hi = 0; hi < 2; hi++) {
       mean[mt][hi] = 0;
@@ -104,7 +109,7 @@ DEV void row_norm(Acc& acc, const float* norm, float* part, const Place& at) {
     }
   row_sums(mean, part, at);
 #pragma unroll
-  for (int mt = 0; mt < 4; mt++)
+  for (int mt = 0; mt < MT; mt++)
 #pragma unroll
     for (int hi = 0; hi < 2; hi++) {
       sq[mt][hi] = 0;
@@ -119,14 +124,14 @@ DEV void row_norm(Acc& acc, const float* norm, float* part, const Place& at) {
     }
   row_sums(sq, part + TILES * 16 * 4, at);
 #pragma unroll
-  for (int mt = 0; mt < 4; mt++)
+  for (int mt = 0; mt < MT; mt++)
 #pragma unroll
     for (int hi = 0; hi < 2; hi++) sq[mt][hi] = rsqrtf(sq[mt][hi] * (1.0f / 256) + 1e-5f);
 #pragma unroll
   for (int nt = 0; nt < 8; nt++) {
     const float2 gamma = *(const float2*)(norm + at.channel(nt)), beta = *(const float2*)(norm + 256 + at.channel(nt));
 #pragma unroll
-    for (int mt = 0; mt < 4; mt++)
+    for (int mt = 0; mt < MT; mt++)
 #pragma unroll
       for (int hi = 0; hi < 2; hi++) {
         acc[mt][nt][2 * hi] = acc[mt][nt][2 * hi] * sq[mt][hi] * gamma.x + beta.x;
@@ -137,7 +142,7 @@ DEV void row_norm(Acc& acc, const float* norm, float* part, const Place& at) {
 
 DEV void to_global(const Acc& acc, uint4* to, int first, int tiles, const Place& at) {
 #pragma unroll
-  for (int mt = 0; mt < 4; mt++)
+  for (int mt = 0; mt < MT; mt++)
     if (first + at.tile(mt) < tiles)
 #pragma unroll
       for (int np = 0; np < 4; np++)
@@ -147,7 +152,7 @@ DEV void to_global(const Acc& acc, uint4* to, int first, int tiles, const Place&
 // Keys (half 0) or values (half 1) by row: [rows][16 channels / 4 lanes][k0..3 v0..3].
 DEV void to_rows(const Acc& acc, uint2* kv, int half, int first, int tiles, const Place& at) {
 #pragma unroll
-  for (int mt = 0; mt < 4; mt++)
+  for (int mt = 0; mt < MT; mt++)
     if (first + at.tile(mt) < tiles)
 #pragma unroll
       for (int hi = 0; hi < 2; hi++) {
@@ -267,6 +272,7 @@ node_out(const uint4* gathered, const uint4* X, float* logits, const uint4* w, c
   block_sync();
 
   const int mt = THREAD >> 5, c = (at.lane & 3) * 2;  // one tile a warp
+  if (mt >= TILES) return;
   float o[2][4];
 #pragma unroll
   for (int nt = 0; nt < 2; nt++) {

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from bitdgdm.kernels.denoise import Denoiser, attend_steps
+from bitdgdm.kernels.denoise import Denoiser
+from bitdgdm.kernels.fits import defines
 from bitdgdm.kernels.launch import Device
 from bitdgdm.kernels.network import Shape
 
@@ -18,7 +19,7 @@ AHEAD = 25  # steps between two looks at the device, which always has as many qu
 def open_device(shape: Shape, index: int = 0) -> Device:
     """The GPU with sources compiled for a network's shape and for the shared memory there. Raises: see Device."""
     device = Device(index)
-    device.defines = {**shape.defines, "edge_attend": {"STEPS": attend_steps(device.shared_bytes)}}
+    device.defines = defines(shape, device.shared_bytes)
     return device
 
 

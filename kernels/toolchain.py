@@ -24,7 +24,7 @@ def compiler_missing() -> str:
     if find_nvcc() is None and not any(cache_folder().glob("*.cubin")):
         return (
             f"there is no nvcc and no compiled kernel in {cache_folder()}; install the CUDA toolkit and put nvcc on the "
-            "PATH or set CUDA_HOME, or copy a cache folder here and name it with BITDGDM_KERNEL_CACHE"
+            "PATH or set CUDA_HOME, or pip install 'cuda-toolkit[nvcc]', or copy a cache folder here and name it with BITDGDM_KERNEL_CACHE"
         )
     return ""
 

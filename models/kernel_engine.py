@@ -1,13 +1,14 @@
 """The engine that runs a DiGress network by our CUDA kernels, all steps of a batch on the device.
 
 Guarantees: a graph's bytes are a function of (network, seed, id, times), whatever the batch (law L1), so a batch that
-doesn't fit into the device's memory is cut; a network whose recipe the kernels don't know is refused with the reason.
+doesn't fit into the device's free memory is cut, so that any count runs; a network whose recipe the kernels don't know is refused with the reason.
 Of an 8-bit recipe (absmax, one scale a row) the products of nodes run on integers, exactly as QuantLinear rounds
 them; the products of edges and of y run in bf16 on the dequantized weights, so their inputs aren't rounded to 8 bit.
 Knows nothing of: how a kernel works, files, campaigns. Errors of the kernels' floor become this project's here.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from bitdgdm.infra.errors import DeviceMemoryFull, KernelsUnavailable
 from bitdgdm.kernels.build import CompilerMissing, KernelBroken
 from bitdgdm.kernels.denoise import Denoiser, Noise
+from bitdgdm.kernels.fits import batch_that_fits
+from bitdgdm.kernels.fits import supports as fits_gpu
 from bitdgdm.kernels.launch import Device, Launcher, PyCudaMissing
 from bitdgdm.kernels.network import Integers, Shape, prepare, supports
 from bitdgdm.kernels.step_graph import denoise, open_device
@@ -26,7 +29,7 @@ from bitdgdm.models.seam import Chain
 from bitdgdm.quant.linear import QuantLinear
 
 log = logging.getLogger("bitdgdm.engine")
-OLDEST = (8, 0)  # bf16 mma.sync and cp.async
+LEAST_SHARED = 101376  # of a block on sm_86 and sm_89; newer PyTorch says what it is here
 INTEGERS_ON = (9, 0)
 
 
@@ -41,7 +44,7 @@ def kernel_shape(config: DigressConfig) -> Shape:
 
 def refusal(network: nn.Module, config: DigressConfig) -> str:
     """Why the kernels can't run `network` on this machine's current GPU, or "" if they can."""
-    return _network_refusal(network, config) or missing() or _device_refusal(_rounded(network))
+    return _network_refusal(network, config) or missing() or _device_refusal(_rounded(network), config)
 
 
 def shortfall(network: nn.Module) -> str:
@@ -90,10 +93,13 @@ def _integers(network: nn.Module) -> dict[str, Integers]:
     return found
 
 
-def _device_refusal(rounded: Mapping[str, QuantLinear]) -> str:
+def _device_refusal(rounded: Mapping[str, QuantLinear], config: DigressConfig) -> str:
     found = torch.cuda.get_device_capability()
-    if found < OLDEST:
-        return f"the GPU is sm_{found[0]}{found[1]}, they need sm_{OLDEST[0]}{OLDEST[1]} or newer"
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    shared = getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED)
+    ok, reason = fits_gpu(kernel_shape(config), found, shared)
+    if not ok:
+        return reason
     if rounded and found != INTEGERS_ON:
         return f"the GPU is sm_{found[0]}{found[1]}, their integer products are written for sm_90"
     return ""
@@ -136,11 +142,11 @@ class KernelEngine:
     def denoise(
         self, chain: Chain, on_step: Callable[[int], object] | None = None
     ) -> tuple[Tensor, Tensor, bool]:
-        """See `LoopEngine.denoise`. A batch that doesn't fit runs in halves, with equal results."""
+        """See `LoopEngine.denoise`. A batch that doesn't fit runs in parts, with equal results."""
         total, steps, first, finite = len(chain.ids), len(chain.times) - 1, 0, True
         x, e = (torch.empty_like(t, dtype=torch.int8) for t in (chain.x, chain.e))
         while first < total:
-            part = chain.part(first, min(self._fits or total, total - first))
+            part = chain.part(first, min(self._fits or total, self._room(), total - first))
             size = len(part.ids)
 
             def told(step: int, first: int = first, size: int = size) -> None:
@@ -150,7 +156,7 @@ class KernelEngine:
             batch = self._run(part, told)
             if batch is None:
                 if size == 1:
-                    raise DeviceMemoryFull(str(self.device), 1, 0)
+                    raise DeviceMemoryFull(str(self.device), total, 0)
                 self._fits = size // 2
                 torch.cuda.empty_cache()
                 log.warning(
@@ -161,6 +167,18 @@ class KernelEngine:
             finite = finite and int(batch.not_finite) == 0  # waits for the device
             first += size
         return x, e, finite
+
+    def _room(self) -> int:
+        """Graphs at a time for which there is memory now; at least one, so that a full device is found out by trying."""
+        free = self._free_bytes()
+        return sys.maxsize if free is None else max(1, batch_that_fits(self._network.shape, free))
+
+    def _free_bytes(self) -> int | None:
+        """What the device and the allocator's cache have left; None for a Launcher without memory of its own."""
+        if self.device.type != "cuda":
+            return None
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + cached
 
     def logits(self, X: Tensor, E: Tensor, t: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine.logits`. For comparisons: it waits for the device. Raises: ValueError if t differs in the batch."""

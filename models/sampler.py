@@ -11,7 +11,8 @@ A draw for the state at time s is keyed by step s; the node count and z_T are ke
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdgdm.infra.errors import LogitsNotFinite
+from bitdgdm.infra.errors import DeviceMemoryFull, LogitsNotFinite
 from bitdgdm.models.digress_config import DigressConfig
 from bitdgdm.models.engine import one_thread
 from bitdgdm.models.noise import cosine_schedule, posterior, posterior_table, steps
@@ -116,7 +117,8 @@ def sample_micro_batch(
     """Return the graphs first_id .. first_id + size - 1, one call of the network a step.
 
     on_step is told the number of steps that were queued (on CUDA they may still run).
-    Raises: ValueError if first_id is no multiple of size (any will do for a LoopEngine); LogitsNotFinite.
+    Raises: ValueError if first_id is no multiple of size (any will do for a LoopEngine); LogitsNotFinite;
+    DeviceMemoryFull, with the size that fits (a LoopEngine cuts the batch itself).
     """
     if first_id < 0 or (first_id % size and not isinstance(engine, LoopEngine)):
         raise ValueError(f"a micro-batch of {size} starts at a multiple of {size}, not at {first_id}")
@@ -127,7 +129,12 @@ def sample_micro_batch(
         if isinstance(engine, LoopEngine):
             x, e, finite = engine.denoise(chain, on_step)
         else:
-            x, e, finite = _steps(engine, _plan(config, n_steps, engine.device), chain, on_step)
+            plan, found = _plan(config, n_steps, engine.device), None
+            with suppress(torch.OutOfMemoryError):  # its traceback holds what filled the memory
+                found = _steps(engine, plan, chain, on_step)
+            if found is None:
+                raise DeviceMemoryFull(str(engine.device), size, _size_that_fits(engine, plan, chain))
+            x, e, finite = found
         if not finite:
             raise LogitsNotFinite(engine.name, first_id, size)
         return Graphs(chain.n.cpu(), x.to(torch.int8).cpu(), e.to(torch.int8).cpu())
@@ -190,6 +197,17 @@ def _steps(
         if on_step is not None:
             on_step(k + 1)
     return x, e, bool(finite)
+
+
+def _size_that_fits(engine: Engine, plan: _Plan, chain: Chain) -> int:
+    """The largest of size / 2, size / 4, ... for which the network runs; 0 if not even for one graph."""
+    size, one_step = len(chain.ids) // 2, replace(plan, times=plan.times[:2])
+    while size:
+        with suppress(torch.OutOfMemoryError):
+            _steps(engine, one_step, chain.part(0, size), None)
+            return size
+        size //= 2
+    return 0
 
 
 def sample_batches(

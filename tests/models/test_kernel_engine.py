@@ -5,6 +5,7 @@ The kernels run in the emulator of tests/kernels, so the engine is whole but for
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ import torch
 from bitdgdm.infra.errors import BadInput, DeviceMemoryFull, KernelsUnavailable, LogitsNotFinite
 from bitdgdm.kernels.build import CompilerMissing
 from bitdgdm.kernels.denoise import Denoiser
+from bitdgdm.kernels.fits import batch_that_fits, bytes_per_graph
 from bitdgdm.models import engine as engines
 from bitdgdm.models import kernel_engine
 from bitdgdm.models.digress import GraphTransformer, quantizable
 from bitdgdm.models.digress_config import QM9_NO_H, Dims, HiddenDims
 from bitdgdm.models.engine import Choice, TorchEngine, choose_engine, describe, load_engine
 from bitdgdm.models.kernel_engine import KernelEngine, kernel_shape, refusal, shortfall
-from bitdgdm.models.sampler import Graphs, sample_batches, sample_ids
+from bitdgdm.models.sampler import Graphs, sample_batches, sample_ids, start_chain
 from bitdgdm.models.seam import LoopEngine
 from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.linear import QuantLinear
@@ -140,8 +142,43 @@ def test_a_batch_that_does_not_fit_runs_in_smaller_ones_with_equal_results(
     assert [words[2:] for words in told] == [(7, 3), (3, 1)]
 
     monkeypatch.setattr(LittleMemory, "room", 0)
-    with pytest.raises(DeviceMemoryFull, match="--micro-batch 1"):
+    with pytest.raises(DeviceMemoryFull, match="2 molecules at a time; not even one fits"):
         sample_ids(engine, SMALL, SEED, 5, 2, STEPS, 2)
+
+
+def allocated(batch: Denoiser) -> int:
+    """Bytes of every tensor of a batch."""
+    owners = (vars(batch), vars(batch.layout))
+    return sum({t.data_ptr(): t.nbytes for o in owners for t in o.values() if isinstance(t, torch.Tensor)}.values())
+
+
+def test_the_memory_of_a_batch_is_at_most_what_is_foretold(engine: KernelEngine) -> None:
+    shape, size = kernel_shape(SMALL), 640
+    chain = start_chain(SMALL, SEED, torch.arange(size), STEPS)
+    largest = replace(chain, n=torch.full((size,), SMALL.n_pad))
+    used = allocated(engine.batch(largest)) + chain.x.nbytes + chain.e.nbytes
+    assert 0.8 * size * bytes_per_graph(shape) < used <= size * bytes_per_graph(shape)
+    assert batch_that_fits(shape, 0) == 0
+    assert batch_that_fits(shape, (64 << 20) + 5 * bytes_per_graph(shape)) == 5
+
+
+@EMULATED
+def test_any_count_runs_in_parts_that_the_free_memory_holds(
+    engine: KernelEngine, whole: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    class Counted(Denoiser):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            sizes.append(self.layout.count)
+
+    monkeypatch.setattr(kernel_engine, "Denoiser", Counted)
+    monkeypatch.setattr(engine, "_fits", None)
+    free = (64 << 20) + 3 * bytes_per_graph(kernel_shape(SMALL)) + 1
+    monkeypatch.setattr(engine, "_free_bytes", lambda: free)
+    assert equal(sample_ids(engine, SMALL, SEED, 5, 7, STEPS, 7), whole)
+    assert sizes == [3, 3, 1]
 
 
 @EMULATED
@@ -165,11 +202,19 @@ def test_a_recipe_a_width_and_a_gpu_that_the_kernels_cannot_serve_are_refused_by
     eight = get_recipe("rtn-w8a8")
     net.tf_layers[0].self_attn.q = QuantLinear.from_parts(decompose(q.weight, eight)[0], q.bias, eight)
     monkeypatch.setattr(kernel_engine, "missing", lambda: "")
+    gpu = SimpleNamespace(shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert "edges" in shortfall(net) and shortfall(network()) == ""
     assert refusal(net, SMALL) == ""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert "integer products" in refusal(net, SMALL)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "the GPU is sm_75" in refusal(network(), SMALL)
+    gpu.shared_memory_per_block_optin = 65536
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert "node needs 67584 bytes of shared memory a block, sm_89 has 65536" in refusal(network(), SMALL)
     narrow = replace(
         SMALL, hidden_dims=HiddenDims(64, 64, 64, 8, 64, 128), hidden_mlp_dims=Dims(256, 128, 128)
     )
@@ -197,7 +242,10 @@ def test_on_a_cpu_torch_runs_and_kernels_by_name_are_refused() -> None:
 
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    gpu = SimpleNamespace(shared_memory_per_block_optin=232448)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(kernel_engine, "missing", lambda: "")
     return monkeypatch

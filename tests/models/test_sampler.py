@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitdgdm.infra.errors import LogitsNotFinite
+from bitdgdm.infra.errors import DeviceMemoryFull, LogitsNotFinite
 from bitdgdm.models.digress import GraphTransformer
 from bitdgdm.models.digress_config import QM9_NO_H, Dims, HiddenDims
 from bitdgdm.models.engine import Engine, TorchEngine, load_engine
@@ -290,6 +290,21 @@ def test_a_network_that_gives_nan_is_an_error_and_not_a_molecule() -> None:
 
     with pytest.raises(LogitsNotFinite, match="samples 8 to 15"):
         sample_ids(FakeEngine(broken), TINY, 1, 9, 2, 4, 8)
+
+
+def test_a_full_device_is_told_with_the_batch_size_that_fits() -> None:
+    def room_for(graphs: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        def logits(X: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
+            if len(X) > graphs:
+                raise torch.OutOfMemoryError(f"no room for {len(X)}")
+            return no_opinion(X, E)
+
+        return logits
+
+    with pytest.raises(DeviceMemoryFull, match=r"for 32 molecules at a time; 8 fit\. Use --micro-batch 8"):
+        sample_micro_batch(FakeEngine(room_for(13)), TINY, SEED, 0, 32, 5)
+    with pytest.raises(DeviceMemoryFull, match="not even one fits"):
+        sample_micro_batch(FakeEngine(room_for(0)), TINY, SEED, 0, 4, 5)
 
 
 @pytest.mark.parametrize("first_id", [-8, 3])
