@@ -22,7 +22,8 @@ from rows import keep, row
 
 from bitdgdm.models.digress import dead, layer_linears
 from bitdgdm.models.source import load_source
-from bitdgdm.quant.decompose import LayerReport, decompose
+from bitdgdm.quant.decompose import decompose
+from bitdgdm.quant.layer_report import LayerReport
 from bitdgdm.quant.recipe_book import get_recipe, recipes
 
 QUESTION = "decompose"

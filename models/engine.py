@@ -27,6 +27,7 @@ from bitdgdm.models.kernel_engine import KernelEngine, refusal, shortfall
 from bitdgdm.models.seam import Engine
 from bitdgdm.models.source import BUILTIN_PREFIX, SourceModel, is_source_file, load_source
 from bitdgdm.quant.artifact import apply, load_artifact
+from bitdgdm.quant.linear import set_time
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -64,6 +65,7 @@ class TorchEngine:
         time = t.to(torch.float32) / self.config.diffusion_steps
         with torch.inference_mode(), one_thread(self.device):
             inputs = network_input(X, E, time, node_mask, self.config)
+            set_time(self._network, t)
             with self._autocast():
                 out_X, out_E = self._network(*inputs, node_mask)
         return out_X.float(), out_E.float()

@@ -24,7 +24,8 @@ from bitdgdm.models.source import SourceModel, load_source
 from bitdgdm.pipelines.model_files import MODEL_FILE, is_source_file, locate
 from bitdgdm.pipelines.progress import ProgressBar
 from bitdgdm.quant.artifact import ArtifactHeader, load_artifact, save_artifact
-from bitdgdm.quant.decompose import LayerReport, LinearParts
+from bitdgdm.quant.layer_report import LayerReport
+from bitdgdm.quant.parts import LinearParts
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import get_recipe
 from bitdgdm.tasks.decompose_layer import decompose_layer

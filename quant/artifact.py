@@ -22,11 +22,14 @@ from torch import Tensor, nn
 
 from bitdgdm.infra.errors import ArtifactCorrupt, ArtifactTooNew, ModelMismatch, NotFinite
 from bitdgdm.quant.container import read_container, read_metadata, write_container
-from bitdgdm.quant.decompose import LayerReport, LinearParts, index_dtype, narrow
+from bitdgdm.quant.layer_report import LayerReport
+from bitdgdm.quant.layout import fits
 from bitdgdm.quant.linear import QuantLinear
+from bitdgdm.quant.parts import LinearParts, narrow, parts_of
 from bitdgdm.quant.recipe import Recipe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 2 added what the recipes after the first five need; a file of version 1 reads as what it was."""
 
 Layer = tuple[LinearParts, Tensor | None, Tensor | None]
 """Parts, bias [out] or None, tau [in] or None."""
@@ -120,7 +123,7 @@ def save_artifact(
             raise ValueError(f"kept tensor {name} has the name of a part of a quantized layer")
         tensors[name] = keep(tensor.detach().cpu()) if tensor.is_floating_point() else tensor
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise NotFinite(name)
     text = json.dumps(header.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return write_container(
@@ -150,7 +153,8 @@ def load_artifact(path: str | Path) -> Artifact:
         else:
             found[layer][name.removeprefix(f"{layer}.")] = tensor
     layers = {
-        name: _layer(path, name, found[name], report, header.recipe) for name, report in header.layers.items()
+        name: _layer(path, name, found[name], report, header.recipe.for_layer(name))
+        for name, report in header.layers.items()
     }
     return Artifact(header, layers, kept, header.digest)
 
@@ -189,7 +193,8 @@ def apply(module: nn.Module, artifact: Artifact) -> nn.Module:
         parent, _, child = name.rpartition(".")
         owner = module.get_submodule(parent)
         device = next(owner.get_submodule(child).parameters()).device
-        setattr(owner, child, QuantLinear.from_parts(parts, bias, artifact.header.recipe, tau).to(device))
+        recipe = artifact.header.recipe.for_layer(name)
+        setattr(owner, child, QuantLinear.from_parts(parts, bias, recipe, tau).to(device))
     return module
 
 
@@ -219,53 +224,10 @@ def _layer_of(name: str, layers: Any) -> str | None:
 def _layer(
     path: str | Path, name: str, found: dict[str, Tensor], report: LayerReport, recipe: Recipe
 ) -> Layer:
-    """Build the parts, checked against the report and the recipe."""
-    expected = _expected(report, recipe)
+    """Build the parts, checked against the report and the layer's recipe."""
     bias, tau = found.pop("bias", None), found.pop("tau", None)
     rows, columns = report.shape
-    described = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in found.items()}
-    fits = (
-        described.keys() == expected.keys()
-        and all(
-            shape == expected[key][0] and dtype in expected[key][1]
-            for key, (shape, dtype) in described.items()
-        )
-        and (bias is None or tuple(bias.shape) == (rows,))
-        and (tau is None or tuple(tau.shape) == (columns,))
-    )
-    if not fits:
+    extra = ((bias, rows), (tau, columns))
+    if not fits(found, report, recipe) or any(t is not None and tuple(t.shape) != (n,) for t, n in extra):
         raise ArtifactCorrupt(str(path), f"the parts of {name} don't fit its {rows} x {columns} report")
-    index = found.get("sparse_index")
-    if (
-        index is not None
-        and index.numel()
-        and not 0 <= int(index.long().min()) <= int(index.long().max()) < rows * columns
-    ):
-        raise ArtifactCorrupt(str(path), f"{name} has a sparse entry outside its {rows} x {columns} weight")
-    return LinearParts(report.shape, **found), bias, tau
-
-
-def _expected(
-    report: LayerReport, recipe: Recipe
-) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Shape and possible types of each part of a layer."""
-    rows, columns = report.shape
-    if not recipe.weight_quantized:
-        return {"qweight": ((rows, columns), (torch.float16, torch.float32))}
-    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-        "scale": ((rows,), (torch.bfloat16,))
-    }
-    if recipe.weight_bits == 4:
-        expected["qweight"] = ((rows, (columns + 1) // 2), (torch.uint8,))
-    else:
-        expected["qweight"] = ((rows, columns), (torch.int8,))
-    if recipe.rank:
-        kind = torch.int8 if recipe.factor_bits == 8 else torch.bfloat16
-        expected["proj_up"] = ((rows, report.rank), (kind,))
-        expected["proj_down"] = ((columns, report.rank), (kind,))
-        if recipe.factor_bits == 8:
-            expected["proj_up_scale"] = expected["proj_down_scale"] = ((report.rank,), (torch.bfloat16,))
-    if recipe.alpha:
-        expected["sparse_index"] = ((report.nnz,), (index_dtype(rows, columns),))
-        expected["sparse_value"] = ((report.nnz,), (torch.bfloat16,))
-    return expected
+    return parts_of(report.shape, found, recipe), bias, tau

@@ -32,6 +32,7 @@ _DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
     "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8",
     "torch.uint16": "U16", "torch.uint8": "U8", "torch.bool": "BOOL",
+    "torch.float8_e4m3fn": "F8_E4M3",
 }  # fmt: skip
 _NO_DIGEST = "0" * 64
 _LONGEST_HEADER = 100_000_000  # the limit of the public reader

@@ -1,247 +1,216 @@
-"""Decompose one Linear: the unit of work of `bitdgdm quantize`.
+"""Decompose Linears: the unit of work of `bitdgdm quantize`.
 
-Guarantees: the parts depend on (weight, recipe) only; a retry returns the same bytes on the same kind of
-processor, with any number of threads. Each part is rounded to its stored form before the next one is fitted
-to what it leaves, so a coarse factor costs a slightly larger remainder and no error of its own.
-Knows nothing of: which model the weight is from, where the result is stored, activations.
+Guarantees: the parts depend on (weights of the group, recipe, statistics) only; a retry returns the same bytes on the
+same kind of processor, with any number of threads. Each part is rounded to its stored form before the next one is
+fitted to what it leaves, so a coarse factor costs a slightly larger remainder and no error of its own.
+Knows nothing of: which model the weights are from, where the result is stored.
+
+Order: W' = W T^-1; columns and, where it is chosen by W' alone, S; L R^T of the rest; the column block; S of what is
+left; D of what is left then; the ranges of a static activation table on the inputs that D meets.
 """
 
-import dataclasses
-import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from bitdgdm.infra.errors import NotFinite
-from bitdgdm.quant.packing import pack_nibbles, unpack_nibbles
+from bitdgdm.quant import rotate
+from bitdgdm.quant.choices import kept_channels, sparse_mask
+from bitdgdm.quant.inputs import Inputs, inputs_of
+from bitdgdm.quant.layer_report import LayerReport, output_error, report, weight_error
+from bitdgdm.quant.low_rank import split, store_factors
+from bitdgdm.quant.parts import LinearParts, dense, index_dtype, low_rank, narrow, parts_of
 from bitdgdm.quant.recipe import Recipe
-from bitdgdm.quant.robust_pca import keep_largest, scaled_gd
-from bitdgdm.quant.rounding import round_weights
+from bitdgdm.quant.remainder import round_remainder
+from bitdgdm.quant.robust_pca import keep_largest
+from bitdgdm.quant.smooth import smooth_scale
+from bitdgdm.quant.static_table import static_table
+from bitdgdm.quant.stats import LayerStats
+from bitdgdm.quant.transform import into, transform_of
 
-
-@dataclass(frozen=True)
-class LinearParts:
-    """The stored form of one weight W[out, in] ~ D + L R^T + S; parts a recipe doesn't use are None.
-
-    qweight: D. 4 bit: packed uint8[out, ceil(in/2)] (packing.py); 8 bit: int8[out, in]; 16 and 32 bit:
-    float[out, in].
-    scale: bfloat16[out], D = codes * scale[:, None]; None for a float qweight.
-    proj_up, proj_down: L [out, R] and R [in, R], bfloat16, or int8 with bfloat16[R] scales, one per
-    component.
-    sparse_index: flat row-major positions of S, ascending; uint16[nnz] if out * in <= 65536, else int32[nnz].
-    sparse_value: bfloat16[nnz].
-    """
-
-    shape: tuple[int, int]
-    qweight: Tensor
-    scale: Tensor | None = None
-    proj_up: Tensor | None = None
-    proj_down: Tensor | None = None
-    proj_up_scale: Tensor | None = None
-    proj_down_scale: Tensor | None = None
-    sparse_index: Tensor | None = None
-    sparse_value: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The parts that are there, by name."""
-        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shape"}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        """Travel between processes as safetensors bytes: torch can't read back its own pickle of uint16."""
-        return _unpacked, (self.shape, safetensors.torch.save(self.tensors()))
-
-
-def _unpacked(shape: tuple[int, int], data: bytes) -> LinearParts:
-    return LinearParts(shape, **safetensors.torch.load(data))
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What a decomposition cost and what it kept. Errors are ||W - W^||_F / ||W||_F; 0 for a weight of zeros.
-
-    stored_bits: all parts of the weight, scales and indices included, without bias and tau; `bits_per_weight`
-    is its mean. sqnr_db: None if nothing was lost. error_dense: the same 4- or 8-bit rounding without L R^T
-    and S;
-    error_without_low_rank, error_without_sparse: with one part left out; None where the recipe has no such
-    part.
-    seconds: wall time; not part of equality nor of `to_dict`.
-    """
-
-    shape: tuple[int, int]
-    rank: int
-    nnz: int
-    relative_error: float
-    sqnr_db: float | None
-    stored_bits: int
-    bits_per_weight: float
-    error_dense: float | None = None
-    error_without_low_rank: float | None = None
-    error_without_sparse: float | None = None
-    steps: int = 0
-    seconds: float = field(default=0.0, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, the same for every run."""
-        values = dataclasses.asdict(self) | {"shape": list(self.shape)}
-        del values["seconds"]
-        return values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "LayerReport":
-        """Raises: TypeError for unknown or missing keys."""
-        return cls(**values | {"shape": tuple(values["shape"])})
+Stored = dict[str, Any]
+"""The tensors of one LinearParts, by name."""
 
 
 def decompose(
-    weight: Tensor, recipe: Recipe, *, contributions: bool = True
+    weight: Tensor, recipe: Recipe, stats: LayerStats | None = None, *, contributions: bool = True
 ) -> tuple[LinearParts, LayerReport]:
-    """Split and round one weight as `recipe` says.
+    """Split and round one weight; see `decompose_group`."""
+    seen = None if stats is None else [stats]
+    return decompose_group([weight], recipe, seen, contributions=contributions)[0]
 
-    weight: float[out, in] on any device; the parts are on the CPU. contributions: also measure what each part
-    buys (up to three more roundings, about a third of the time); it doesn't change the parts.
-    Raises: NotFinite if the weight holds NaN or infinity; ValueError if it isn't a matrix or is empty.
+
+def decompose_group(
+    weights: Sequence[Tensor],
+    recipe: Recipe,
+    stats: Sequence[LayerStats] | None = None,
+    *,
+    contributions: bool = True,
+) -> list[tuple[LinearParts, LayerReport]]:
+    """Split and round weights of one shape together, as `recipe` (resolved by `Recipe.for_layer`) says.
+
+    weights: float[out, in] each, on one device; the parts are on the CPU. stats: of each layer's inputs; needed where
+    `recipe.needs_calibration`, otherwise only the report reads them. contributions: also measure what each part buys
+    (up to three more decompositions); it doesn't change the parts.
+    Raises: NotFinite if a weight holds NaN or infinity; ValueError if one isn't a matrix or is empty, if shapes
+    differ, if the recipe has overrides, or if it needs statistics and there are none.
     """
     begin = time.perf_counter()
-    if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"a weight is a non-empty matrix, not {list(weight.shape)}")
-    w = weight.detach().to(torch.float32).contiguous()
+    w = _checked(weights, recipe, stats)
+    if recipe.weight_quantized:
+        seen = inputs_of(stats, w.device) if stats is not None and recipe.needs_calibration else None
+        parts, steps = _split(w, recipe, seen)
+    else:
+        plain = [narrow(m) if recipe.weight_bits == 16 else m for m in w]
+        parts = [parts_of(_shape(w), {"qweight": m.cpu().clone()}, recipe) for m in plain]
+        seen, steps = None, [0] * len(parts)
+    extras: list[dict[str, Any]] = [{"steps": taken} for taken in steps]
+    if stats is not None:
+        for e, m, p, seen_here in zip(extras, w, parts, stats, strict=True):
+            e["output_error"] = output_error(m, p, recipe, seen_here)
+    if contributions and recipe.weight_quantized:
+        for field, smaller in _without(recipe).items():
+            others = (
+                parts if field == "outliers" and recipe.act_scale != "static" else _split(w, smaller, seen)[0]
+            )
+            _measure(field, extras, w, smaller, others, stats)
+    seconds = (time.perf_counter() - begin) / len(parts)
+    return [(p, report(m, p, seconds=seconds, **e)) for m, p, e in zip(w, parts, extras, strict=True)]
+
+
+def _checked(weights: Sequence[Tensor], recipe: Recipe, stats: Sequence[LayerStats] | None) -> Tensor:
+    """The weights as float32[B, out, in]."""
+    for weight in weights:
+        if weight.ndim != 2 or weight.numel() == 0:
+            raise ValueError(f"a weight is a non-empty matrix, not {list(weight.shape)}")
+        if weight.shape != weights[0].shape:
+            raise ValueError(
+                f"weights of a group have one shape, not {list(weight.shape)} and {list(weights[0].shape)}"
+            )
+    if not weights or (stats is not None and len(stats) != len(weights)):
+        raise ValueError(f"{len(weights)} weights, {0 if stats is None else len(stats)} statistics")
+    if recipe.overrides:
+        raise ValueError(f"{recipe.name} says something else per layer; resolve it by for_layer")
+    if recipe.needs_calibration and stats is None:
+        raise ValueError(f"{recipe.name} needs statistics of the layer's inputs; calibrate the network first")
+    w = torch.stack([weight.detach().to(torch.float32) for weight in weights]).contiguous()
     if not bool(torch.isfinite(w).all()):
-        raise NotFinite(f"a weight of shape {list(weight.shape)}")
-    if not recipe.weight_quantized:
-        parts = LinearParts(_shape(w), narrow(w).cpu() if recipe.weight_bits == 16 else w.cpu().clone())
-        return parts, _report(w, parts, time.perf_counter() - begin)
-    parts, steps = _split(w, recipe)
-    extra: dict[str, Any] = {"steps": steps}
-    if contributions and (recipe.rank or recipe.alpha):
-        extra["error_dense"] = _error_with(w, recipe, rank=0, alpha=0.0)
-        if recipe.rank and recipe.alpha:
-            extra["error_without_low_rank"] = _error_with(w, recipe, rank=0)
-            extra["error_without_sparse"] = _error_with(w, recipe, alpha=0.0)
-    return parts, _report(w, parts, time.perf_counter() - begin, **extra)
+        raise NotFinite(f"a weight of shape {list(weights[0].shape)}")
+    for s in stats or ():
+        if s.width != w.shape[2]:
+            raise ValueError(f"statistics of {s.width} inputs don't fit a weight of {w.shape[2]}")
+    return w
 
 
-def codes(parts: LinearParts) -> Tensor:
-    """The integer codes of D, int8[out, in]."""
-    if parts.qweight.dtype == torch.uint8:
-        return unpack_nibbles(parts.qweight, parts.shape[1])
-    if parts.qweight.dtype == torch.int8:
-        return parts.qweight
-    raise ValueError("a full-precision weight has no integer codes")
-
-
-def dense(parts: LinearParts) -> Tensor:
-    """D as float32[out, in]."""
-    if parts.scale is None:
-        return parts.qweight.float()
-    return codes(parts).float() * parts.scale.float()[:, None]
-
-
-def side(parts: LinearParts) -> Tensor | None:
-    """L R^T + S as float32[out, in]; None if there are neither factors nor a sparse part."""
-    if parts.proj_up is None and parts.sparse_index is None:
-        return None
-    b = torch.zeros(parts.shape, device=parts.qweight.device)
-    if parts.proj_up is not None:
-        b += _low_rank(parts.tensors())
-    if parts.sparse_index is not None and parts.sparse_value is not None:
-        b.view(-1)[parts.sparse_index.to(torch.int64)] += parts.sparse_value.float()
-    return b
-
-
-def merged(parts: LinearParts) -> Tensor:
-    """The weight that the parts stand for, D + L R^T + S, as float32[out, in]."""
-    b = side(parts)
-    return dense(parts) if b is None else dense(parts) + b
-
-
-def narrow(t: Tensor) -> Tensor:
-    """float16 if that keeps 11 bits of every value but the smallest (2^-14 of the largest), else float32."""
-    half = t.to(torch.float16)
-    close = bool(((half.float() - t).abs() <= 2.0**-11 * t.abs() + 2.0**-24).all())
-    all_tiny = t.numel() > 0 and 0 < float(t.abs().max()) < 2.0**-10
-    return half if close and not all_tiny else t.to(torch.float32)
-
-
-def _split(w: Tensor, recipe: Recipe) -> tuple[LinearParts, int]:
-    low_rank: dict[str, Tensor] = {}
-    sparse: dict[str, Tensor] = {}
-    rest, taken = w, 0
+def _split(w: Tensor, recipe: Recipe, seen: Inputs | None) -> tuple[list[LinearParts], list[int]]:
+    """The parts of float32[B, out, in], and how many steps the solver took."""
+    stored: list[Stored] = [{} for _ in w]
+    w, seen = _transformed(w, recipe, seen, stored)
+    keep = kept_channels(w, recipe, seen)
+    mask = torch.zeros_like(w, dtype=torch.bool)
+    if recipe.sparse_choice != "residual":
+        mask = sparse_mask(w * keep, recipe, seen)
+    rest, steps = w, [0] * len(w)
     if recipe.rank:
-        found = scaled_gd(w[None], recipe.rank, recipe.alpha)
-        taken = int(found.steps)
-        low_rank = _store_factors(found.left[0], found.right[0], recipe.factor_bits)
-        rest = w - _low_rank(low_rank)
-    if recipe.alpha:
-        s = keep_largest(rest, recipe.alpha).to(torch.bfloat16)
-        rest = rest - s.float()
-        index = s.view(-1).nonzero().view(-1)
-        sparse = {"sparse_index": index, "sparse_value": s.view(-1)[index]}
-    integers, scale = round_weights(rest, recipe.weight_bits, recipe.weight_clip)
-    stored = {"qweight": pack_nibbles(integers) if recipe.weight_bits == 4 else integers, "scale": scale}
-    everything = {name: tensor.cpu().contiguous() for name, tensor in (stored | low_rank | sparse).items()}
-    if recipe.alpha:
-        everything["sparse_index"] = everything["sparse_index"].to(index_dtype(*_shape(w)))
-    return LinearParts(_shape(w), **everything), taken
+        found = split(torch.where(mask, 0.0, w) * keep, recipe, None if seen is None else seen.moment)
+        steps = found.steps.tolist()
+        for i, s in enumerate(stored):
+            s |= store_factors(found.left[i], found.right[i], recipe.factor_bits)
+            rest[i] -= _product(_shape(w), s)
+        if recipe.solver == "outlier-pursuit":
+            keep = 1.0 - (found.sparse != 0).any(dim=1, keepdim=True).float()
+    if recipe.columns or recipe.solver == "outlier-pursuit":
+        for s, m, k in zip(stored, rest, keep, strict=True):
+            index = (k.view(-1) == 0).nonzero().view(-1)
+            s |= {"column_index": index.to(torch.int32), "column_value": m[:, index].to(torch.bfloat16)}
+        rest, seen = rest * keep, None if seen is None else seen.hiding(keep)
+    if recipe.alpha and recipe.solver != "outlier-pursuit" and recipe.sparse_choice == "residual":
+        mask = keep_largest(rest, recipe.alpha) != 0
+    if recipe.remainder:
+        taken = mask | (keep == 0)
+        for s, d in zip(
+            stored, round_remainder(torch.where(mask, 0.0, rest), recipe, taken, seen), strict=True
+        ):
+            s |= d
+    if recipe.alpha and recipe.solver != "outlier-pursuit":
+        for s, m, chosen in zip(stored, rest, mask, strict=True):
+            s |= _store_sparse(m, chosen, parts_of(_shape(w), s, recipe))
+    if recipe.act_scale == "static":
+        assert seen is not None
+        for i, s in enumerate(stored):
+            s |= static_table(seen, i, recipe)
+    everything = [{name: t.cpu().contiguous() for name, t in s.items()} for s in stored]
+    return [parts_of(_shape(w), s, recipe) for s in everything], steps
 
 
-def _low_rank(factors: dict[str, Tensor]) -> Tensor:
-    """L R^T as float32[out, in] from the stored form of the factors."""
-    up, down = factors["proj_up"].float(), factors["proj_down"].float()
-    if "proj_up_scale" in factors:
-        up, down = up * factors["proj_up_scale"].float(), down * factors["proj_down_scale"].float()
-    return up @ down.T
+def _transformed(
+    w: Tensor, recipe: Recipe, seen: Inputs | None, stored: list[Stored]
+) -> tuple[Tensor, Inputs | None]:
+    """W' of each matrix and the inputs that it meets; what T needs goes to `stored`."""
+    if recipe.premul == "none":
+        return w.clone(), seen
+    transforms = []
+    for i, (m, s) in enumerate(zip(w, stored, strict=True)):
+        if recipe.premul == "smooth" and seen is not None:
+            s["smooth"] = smooth_scale(m, seen.absmax[i], recipe.smooth_strength).to(torch.bfloat16)
+        elif recipe.premul == "duquant" and seen is not None:
+            rotation = rotate.duquant(seen.samples[i])
+            s |= {"permutation": rotation.permutation, "swaps": rotation.swaps}
+        tables = (s.get(name) for name in ("smooth", "permutation", "swaps"))
+        transforms.append(transform_of(recipe.premul, w.shape[2], *tables).to(w.device))
+    changed = torch.stack([into(m, t) for m, t in zip(w, transforms, strict=True)])
+    return changed, None if seen is None else seen.transformed(transforms)
 
 
-def _store_factors(left: Tensor, right: Tensor, bits: int) -> dict[str, Tensor]:
-    if bits == 16:
-        return {"proj_up": left.to(torch.bfloat16), "proj_down": right.to(torch.bfloat16)}
-    up, up_scale = round_weights(left.T.contiguous(), bits, "absmax")
-    down, down_scale = round_weights(right.T.contiguous(), bits, "absmax")
-    return {
-        "proj_up": up.T.contiguous(),
-        "proj_down": down.T.contiguous(),
-        "proj_up_scale": up_scale,
-        "proj_down_scale": down_scale,
-    }
+def _store_sparse(rest: Tensor, chosen: Tensor, parts: LinearParts) -> Stored:
+    """S = what D leaves of the chosen entries; codes that can't be zero (a codebook's, binary ones) count there too."""
+    left = rest if parts.qweight is None else rest - dense(parts)
+    s = torch.where(chosen, left, 0.0).to(torch.bfloat16).view(-1)
+    index = s.nonzero().view(-1)
+    return {"sparse_index": index.to(index_dtype(*parts.shape)), "sparse_value": s[index]}
 
 
-def index_dtype(out_features: int, in_features: int) -> torch.dtype:
-    """The narrowest stored type that can name every position of a weight."""
-    return torch.uint16 if out_features * in_features <= 2**16 else torch.int32
-
-
-def _error_with(w: Tensor, recipe: Recipe, **changes: Any) -> float:
-    parts, _ = _split(w, dataclasses.replace(recipe, **changes))
-    return _relative_error(w.cpu(), merged(parts))
-
-
-def _relative_error(w: Tensor, approximation: Tensor) -> float:
-    """Six digits: the rest depends on how a sum was split over threads."""
-    norm = float(w.double().square().sum(dim=1).sum().sqrt())
-    lost = float((w.double() - approximation.double()).square().sum(dim=1).sum().sqrt())
-    return float(f"{lost / norm:.6g}") if norm > 0 else 0.0
-
-
-def _report(w: Tensor, parts: LinearParts, seconds: float, **extra: Any) -> LayerReport:
-    error = _relative_error(w.cpu(), merged(parts))
-    bits = sum(8 * t.numel() * t.element_size() for t in parts.tensors().values())
-    return LayerReport(
-        shape=parts.shape,
-        rank=0 if parts.proj_up is None else parts.proj_up.shape[1],
-        nnz=0 if parts.sparse_index is None else parts.sparse_index.numel(),
-        relative_error=error,
-        sqnr_db=float(f"{-20 * math.log10(error):.4g}") if error > 0 else None,
-        stored_bits=bits,
-        bits_per_weight=float(f"{bits / w.numel():.6g}"),
-        seconds=seconds,
-        **extra,
-    )
+def _product(shape: tuple[int, int], stored: Stored) -> Tensor:
+    """L R^T from the stored factors, float32[out, in]."""
+    factors = {name: t for name, t in stored.items() if name.startswith("proj_")}
+    product = low_rank(LinearParts(shape, **factors))
+    assert product is not None
+    return product
 
 
 def _shape(w: Tensor) -> tuple[int, int]:
-    return w.shape[0], w.shape[1]
+    return w.shape[-2], w.shape[-1]
+
+
+def _without(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe without one of its parts, by the name of the part; "dense" is without all of them."""
+    no_rank: dict[str, Any] = {"rank": 0, "low_rank_metric": "weight", "solver": "scaledgd"}
+    no_sparse: dict[str, Any] = {"alpha": 0.0, "sparse_choice": "residual"}
+    smaller: dict[str, Recipe] = {}
+    if recipe.solver == "outlier-pursuit":
+        no_sparse["solver"] = "svd"
+        no_rank |= {"alpha": 0.0, "columns": 1, "column_choice": "weight"}
+    if recipe.remainder and (recipe.rank or recipe.alpha or recipe.columns):
+        smaller["dense"] = recipe.changed(**no_rank | no_sparse | {"columns": 0, "solver": "scaledgd"})
+    if recipe.remainder and recipe.rank:
+        smaller["low_rank"] = recipe.changed(**no_rank)
+    if recipe.alpha:
+        smaller["sparse"] = recipe.changed(**no_sparse)
+    if recipe.act_quantized and (recipe.outlier_sigma is not None or recipe.outlier_budget):
+        smaller["outliers"] = recipe.changed(outlier_sigma=None, outlier_budget=0)
+    return smaller
+
+
+def _measure(
+    field: str, extras: list[dict[str, Any]], w: Tensor, recipe: Recipe, parts: list[LinearParts],
+    stats: Sequence[LayerStats] | None,
+) -> None:  # fmt: skip
+    """Write the errors of layers that lack one part into `extras`."""
+    for i, (e, m, p) in enumerate(zip(extras, w, parts, strict=True)):
+        if field != "outliers":
+            e["error_dense" if field == "dense" else f"error_without_{field}"] = weight_error(m, p)
+        if stats is not None and field != "dense":
+            e[f"output_error_without_{field}"] = output_error(m, p, recipe, stats[i])

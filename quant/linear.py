@@ -1,135 +1,86 @@
 """QuantLinear: a Linear run from its parts with plain torch operations on any device.
 
-Guarantees: y = s_w s_x (Q(x_D) codes^T) + x_S D^T + x (L R^T + S)^T + b, where the integer product in the
-first term is exact, so every unit that computes it gets the same integers. All shapes depend on the input's
-shape only: no host synchronisation, CUDA-graph safe. NaN and infinity in the input make their own token's
-output NaN (or infinite) and no other's. Inference only.
+Guarantees: y = s_w s_x (Q(x_D) codes^T) + x_S D^T + x' (L R^T + S)^T + x_C C^T + b with x' = T x, where the product
+of integer codes in the first term is exact, so every unit that computes it gets the same integers. All shapes depend
+on the input's shape only: no host synchronisation, CUDA-graph safe. NaN and infinity in the input make their own
+token's output NaN (or infinite) and no other's. Inference only.
 Knows nothing of: where the parts came from; kernels that compute the same formula faster.
 
-Activation codes, in float32 with one rounding per operation, t the token without its outliers:
-    symmetric    s = max|t| * (1/top),                          q = clamp(rint(t * (1/s)), -top, top)
-    asymmetric   s = (max(t, 0) - min(t, 0)) * (1/levels),      z = rint(min(t, 0) * (1/s)),
-                 q = min(rint(t * (1/s)), z + levels)
-    with top = 2^(bits-1) - 1, levels = 2^bits - 1, s at least the smallest normal number.
-The constants 1/top and 1/levels are factors because a GPU divides by a constant in another way than a CPU.
-q is already centred: the unsigned code is u = q - z in [0, levels], and u codes^T + z rowsum(codes) is the
-same integer.
+x_C are the channels of the column block, x_D + x_S the others, x_S their outliers; Q and its scale s_x are written in
+activations.py. Without a remainder D the first two terms are (s_x Q(x_D) R + x_S R) L^T, R in its stored form; a
+recipe without the cross product takes x_D in place of x' in the product with S.
 """
 
-import functools
-import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitdgdm.quant.decompose import LinearParts, codes, merged, side
+from bitdgdm.quant.activations import code_top, quantize, split_outliers
+from bitdgdm.quant.parts import LinearParts, codes, factor_codes, factors, low_rank, merged, side, sparse
+from bitdgdm.quant.product import exact_product
 from bitdgdm.quant.recipe import Recipe
-
-EXACT = 2**24
-"""float32 holds every integer up to here: a product with partial sums below it is exact in any order."""
-
-SHORTEST_INT8 = 8
-"""Inner length from which the library's int8 product is used; PyTorch 2.13 gets it wrong for length 1."""
-
-_TINY = float(torch.finfo(torch.float32).tiny)
-
-
-def quantize_tokens(t: Tensor, bits: int, asymmetric: bool) -> tuple[Tensor, Tensor]:
-    """One scale per row. t: float32[M, K] -> centred codes (integers as float32[M, K]), scale [M, 1]."""
-    if asymmetric:
-        levels = 2**bits - 1
-        low, high = t.amin(dim=-1, keepdim=True).clamp_max_(0.0), t.amax(dim=-1, keepdim=True).clamp_min_(0.0)
-        scale = ((high - low) * (1 / levels)).clamp_min(_TINY)
-        inverse = scale.reciprocal()
-        zero = (low * inverse).round_()
-        q = t.mul(inverse).round_()  # never below zero: multiplication and rounding are monotone
-        return torch.minimum(q, zero + levels), scale
-    top = 2 ** (bits - 1) - 1
-    scale = (t.abs().amax(dim=-1, keepdim=True) * (1 / top)).clamp_min(_TINY)
-    return t.mul(scale.reciprocal()).round_().clamp_(-top, top), scale
-
-
-def row_threshold(x: Tensor, sigma: float) -> Tensor:
-    """sigma times the root mean square of each row, float32[M, 1]; fewer than K / sigma^2 of K exceed it."""
-    # float64: 1e30 squared must not overflow
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
-    return norm.mul_(sigma / math.sqrt(x.shape[-1])).to(torch.float32)
-
-
-def exact_product(q: Tensor, weight_codes: Tensor, largest: int) -> Tensor:
-    """q codes^T, integers as float32[M, N], rounded once if a sum exceeds 2^24.
-
-    q: integers as float32[M, K]; weight_codes: integers as float32[N, K]; largest: bound of |q| * |codes|.
-    """
-    if q.device.type == "cpu" and q.shape[1] >= SHORTEST_INT8 and largest <= 127 * 128 and _int8_is_exact():
-        return torch._int_mm(q.to(torch.int8), weight_codes.to(torch.int8).T).to(torch.float32)
-    chunk = (EXACT - 1) // largest
-    if q.shape[1] <= chunk:
-        return F.linear(q, weight_codes)
-    pieces = zip(q.split(chunk, dim=1), weight_codes.split(chunk, dim=1), strict=True)
-    total = torch.zeros(q.shape[0], weight_codes.shape[0], dtype=torch.float64, device=q.device)
-    for q_piece, w_piece in pieces:
-        total += F.linear(q_piece, w_piece)
-    return total.to(torch.float32)
-
-
-@functools.cache
-def _int8_is_exact() -> bool:
-    """Whether this CPU multiplies int8 into int32 in one instruction (VNNI): a third of the time of float32.
-
-    Without it the library's product may saturate or loop. Its interface is private, so it is tried out first.
-    """
-    supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    if supported is None or not supported() or not torch.backends.mkldnn.is_available():
-        return False
-    for m, k, n in ((1, SHORTEST_INT8, 2), (33, 64, 17), (3, 257, 1), (2, 2048, 5)):
-        q = (torch.arange(m * k) * 37 % 255 - 127).view(m, k)
-        w = (torch.arange(n * k) * 101 % 256 - 128).view(n, k)
-        q[-1], w[-1] = 127, -128
-        if not torch.equal(torch._int_mm(q.to(torch.int8), w.to(torch.int8).T).long(), q @ w.T):
-            return False
-    return True
+from bitdgdm.quant.transform import Transform, forward, transform_of
 
 
 class QuantLinear(nn.Module):
     """A drop-in for nn.Linear. x: float[..., in] -> [..., out] in the dtype of x; inside everything is
     float32.
 
-    Buffers: `codes` (integers as float32[out, in]) and `scale` float32[out], or `weight` where nothing is
-    rounded at run time; `side` = L R^T + S float32[out, in]; `bias` float32[out]; `tau` float32[in]; unused
-    ones are None.
+    Buffers: `codes` (integers, or e4m3 values, as float32[out, in]; [R, in] without a remainder) and `scale` float32[out]
+    (or [out, groups], or [R]), or `weight` where nothing is rounded at run time; `up` = L float32[out, R] without a
+    remainder; `side` float32[out, in], what is multiplied by all of x' (L R^T + S, or one of them), `sparse` = S where
+    only inliers meet it; `columns` int64[c] and `column_value` float32[out, c], `inner_channels` float32[in] 0 there, else 1; `bias` float32[out]; `tau` float32[in];
+    `low`, `high` float32[bins], `bin_of_t` int64[T + 1] and `time_bin` int64[1] of a static table; `factor`,
+    `permutation`, `blocks` of the transform. Unused ones are None.
     """
 
     codes: Tensor | None
     scale: Tensor | None
     weight: Tensor | None
+    up: Tensor | None
     side: Tensor | None
+    sparse: Tensor | None
+    columns: Tensor | None
+    inner_channels: Tensor | None
+    column_value: Tensor | None
     bias: Tensor | None
     tau: Tensor | None
+    low: Tensor | None
+    high: Tensor | None
+    bin_of_t: Tensor | None
+    time_bin: Tensor | None
+    factor: Tensor | None
+    permutation: Tensor | None
+    blocks: Tensor | None
 
     def __init__(
         self, parts: LinearParts, bias: Tensor | None, recipe: Recipe, tau: Tensor | None = None
     ) -> None:
-        """tau: thresholds of |x| per input channel; None takes `outlier_sigma` times each token's root mean
-        square.
+        """recipe: of this layer (`Recipe.for_layer`). tau: thresholds of |x| per input channel, for outliers by sigma;
+        None, and a transform that mixes channels, take `outlier_sigma` times each token's root mean square.
 
-        Raises: ValueError if bias or tau don't fit the weight's shape.
+        Raises: ValueError if bias or tau don't fit the weight's shape, or the recipe is not of one layer.
         """
         super().__init__()
+        if recipe.overrides:
+            raise ValueError(f"{recipe.name} says something else per layer; resolve it by for_layer")
         self.out_features, self.in_features = parts.shape
         self.recipe = recipe
         for name, tensor, length in (("bias", bias, self.out_features), ("tau", tau, self.in_features)):
             if tensor is not None and tuple(tensor.shape) != (length,):
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, the weight needs [{length}]")
-        rounds = recipe.act_quantized
-        outliers = rounds and recipe.outlier_sigma is not None
-        self.register_buffer("codes", codes(parts).float() if rounds else None)
-        self.register_buffer("scale", parts.scale.float() if rounds and parts.scale is not None else None)
-        self.register_buffer("weight", None if rounds else merged(parts))
-        self.register_buffer("side", side(parts) if rounds else None)
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self.register_buffer("tau", tau.detach().float().clone() if outliers and tau is not None else None)
+        tables: dict[str, Tensor | None] = {"weight": merged(parts)}
+        if recipe.act_quantized:
+            tables = _run_time(parts, recipe)
+        if recipe.act_quantized and recipe.outlier_sigma is not None and tau is not None:
+            tables["tau"] = _inner_tau(tau.detach().float().clone(), recipe, tables.get("factor"))
+        tables["bias"] = None if bias is None else bias.detach().float().clone()
+        for name in QuantLinear.__annotations__:
+            self.register_buffer(name, tables.get(name))
+        self._exact = self.codes is not None and _integer_codes(parts, recipe)
+        self._told_time = self.bin_of_t is None or int(self.bin_of_t.max()) == 0
 
     @classmethod
     def from_parts(
@@ -144,22 +95,122 @@ class QuantLinear(nn.Module):
             return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        assert self.codes is not None and self.scale is not None
-        bits, recipe = self.recipe.act_bits, self.recipe
-        inliers, outliers = x, None
-        if recipe.outlier_sigma is not None:
-            tau = row_threshold(x, recipe.outlier_sigma) if self.tau is None else self.tau
-            inliers = x.abs().le_(tau).mul_(x)  # a 0/1 factor: a boolean mask costs three times as much
-            outliers = x - inliers
-        q, s = quantize_tokens(inliers, bits, recipe.act_asymmetric)
-        act_top = 2**bits - 1 if recipe.act_asymmetric else 2 ** (bits - 1) - 1
-        y = exact_product(q, self.codes, act_top * 2 ** (recipe.weight_bits - 1)).mul_(s)
-        if outliers is not None:
-            y.addmm_(outliers, self.codes.T)
-        y.mul_(self.scale)
+        x = forward(x, Transform(self.recipe.premul, self.factor, self.permutation, self.blocks))
+        inner = x if self.inner_channels is None else x * self.inner_channels
+        inliers, outliers = split_outliers(inner, self.recipe, self.tau)
+        q, s = quantize(inliers, self.recipe, *self._range())
+        y = self._main(q, s, outliers)
+        if self.up is not None:
+            y = F.linear(y, self.up)
         if self.side is not None:
             y.addmm_(x, self.side.T)
+        if self.sparse is not None:
+            y.addmm_(inliers, self.sparse.T)
+        if self.columns is not None and self.column_value is not None:
+            y.addmm_(x.index_select(1, self.columns), self.column_value.T)
         return y if self.bias is None else y.add_(self.bias)
+
+    def _main(self, q: Tensor, s: Tensor, outliers: Tensor | None) -> Tensor:
+        """(s q + x_S) (scale codes)^T, float32[M, N]."""
+        assert self.codes is not None and self.scale is not None
+        if self.scale.ndim == 1:
+            return self._term(q, s, outliers, self.codes).mul_(self.scale)
+        group = self.recipe.weight_group
+        pieces = zip(q.split(group, dim=1), self.codes.split(group, dim=1), self.scale.unbind(1), strict=True)
+        y = torch.zeros(q.shape[0], self.codes.shape[0], device=q.device)
+        for i, (q_piece, w_piece, scale) in enumerate(pieces):
+            out_piece = None if outliers is None else outliers[:, i * group : (i + 1) * group]
+            y.addcmul_(self._term(q_piece, s, out_piece, w_piece), scale)
+        return y
+
+    def _term(self, q: Tensor, s: Tensor, outliers: Tensor | None, w: Tensor) -> Tensor:
+        if self._exact:
+            y = exact_product(q, w, code_top(self.recipe), _weight_top(self.recipe)).mul_(s)
+        else:
+            y = F.linear(q, w).mul_(s)
+        return y if outliers is None else y.addmm_(outliers, w.T)
+
+    def _range(self) -> tuple[Tensor | None, Tensor | None]:
+        """low and high of the current time, float32[1]."""
+        if self.low is None or self.high is None or self.time_bin is None:
+            return None, None
+        if not self._told_time:
+            raise RuntimeError("a static table needs the time: call set_time(network, t) before the forward")
+        return self.low.index_select(0, self.time_bin), self.high.index_select(0, self.time_bin)
+
+    def set_time(self, t: Tensor) -> None:
+        """Take the table's entry of diffusion time t, int64[1] on the layer's device."""
+        if self.bin_of_t is not None and self.time_bin is not None:
+            self.time_bin.copy_(self.bin_of_t.index_select(0, t))
+            self._told_time = True
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, recipe={self.recipe.name}"
+
+
+def timed_layers(network: nn.Module) -> Iterator[QuantLinear]:
+    """The layers whose activation scales depend on the diffusion time."""
+    return (m for m in network.modules() if isinstance(m, QuantLinear) and m.bin_of_t is not None)
+
+
+def set_time(network: nn.Module, t: Tensor) -> None:
+    """Tell every layer with a static table the diffusion time of the next forward.
+
+    t: int64[B], all equal. Raises: ValueError if they differ (on a CPU; on a GPU nothing waits to see).
+    """
+    layers = tuple(timed_layers(network))
+    if not layers or not t.numel():
+        return
+    if t.device.type == "cpu" and bool((t != t.reshape(-1)[0]).any()):
+        raise ValueError("static activation tables take one diffusion time a batch")
+    first = t.reshape(-1)[:1].to(torch.int64)
+    for layer in layers:
+        layer.set_time(first)
+
+
+def _run_time(parts: LinearParts, recipe: Recipe) -> dict[str, Tensor | None]:
+    """The buffers of a layer that rounds its input, by name."""
+    found: dict[str, Tensor | None] = {"low": parts.act_low, "high": parts.act_high}
+    if parts.bin_of_t is not None:
+        found["bin_of_t"] = parts.bin_of_t.to(torch.int64)
+        found["time_bin"] = parts.bin_of_t[-1:].to(torch.int64)
+    t = transform_of(parts.premul, parts.shape[1], parts.smooth, parts.permutation, parts.swaps)
+    found |= {"factor": t.factor, "permutation": t.permutation, "blocks": t.blocks}
+    if recipe.remainder:
+        found["codes"] = codes(parts).float()
+        found["scale"] = None if parts.scale is None else parts.scale.float()
+        found["side"] = side(parts) if recipe.cross_product else low_rank(parts)
+    else:
+        both = factors(parts)
+        assert both is not None and parts.proj_down is not None
+        scale = parts.proj_down_scale
+        found["codes"] = factor_codes(parts.proj_down, scale).T.contiguous()
+        found["scale"] = torch.ones(both[0].shape[1]) if scale is None else scale.float()
+        found["up"] = both[0]
+        found["side"] = sparse(parts) if recipe.cross_product else None
+    found["sparse"] = None if recipe.cross_product else sparse(parts)
+    if parts.column_index is not None and parts.column_value is not None:
+        found["columns"] = parts.column_index.to(torch.int64)
+        found["column_value"] = parts.column_value.float()
+        keep = torch.ones(parts.shape[1])
+        keep[found["columns"]] = 0.0
+        found["inner_channels"] = keep
+    return found
+
+
+def _inner_tau(tau: Tensor, recipe: Recipe, factor: Tensor | None) -> Tensor | None:
+    """Thresholds of |x'|; None where the transform mixes channels."""
+    if recipe.premul == "smooth" and factor is not None:
+        return tau * factor
+    return tau if recipe.premul == "none" else None
+
+
+def _integer_codes(parts: LinearParts, recipe: Recipe) -> bool:
+    """Whether both codes of the main product are integers."""
+    of_weight = recipe.weight_format != "fp8" if recipe.remainder else parts.proj_down_scale is not None
+    return recipe.act_format == "int" and of_weight
+
+
+def _weight_top(recipe: Recipe) -> int:
+    """The largest size of a weight's code: the negative end of two's complement."""
+    return 2 ** ((recipe.weight_bits if recipe.remainder else recipe.factor_bits) - 1)

@@ -147,10 +147,16 @@ class Recipe:
             ("the output metric needs a rank and the solver svd",
              self.low_rank_metric == "output" and not (self.rank and self.solver == "svd")),
             ("a choice of sparse entries needs an alpha", self.sparse_choice != "residual" and not self.alpha),
-            ("outlier-pursuit chooses whole columns: it takes alpha and no columns of its own",
-             self.solver == "outlier-pursuit" and (not self.alpha or bool(self.columns))),
+            ("outlier-pursuit chooses whole columns: it takes a rank, an alpha and no columns or choice of its own",
+             self.solver == "outlier-pursuit"
+             and (not (self.rank and self.alpha and self.remainder) or bool(self.columns)
+                  or self.sparse_choice != "residual")),
             ("fp8 inputs have 8 bits and no zero point",
              self.act_format == "fp8" and (self.act_bits != 8 or self.act_asymmetric)),
+            ("a static range of fp8 inputs is absmax",
+             self.act_format == "fp8" and (self.act_range, self.act_groups) != ("absmax", "equal")),
+            ("learned groups are at least two, a smooth table has an entry for every time and no bins",
+             {"equal": False, "learned": self.act_bins < 2, "smooth": self.act_bins != 1}[self.act_groups]),
             ("act_scale one needs fp8 inputs", self.act_scale == "one" and self.act_format != "fp8"),
             ("a scale of the inputs needs low-bit inputs", self.act_scale != "token" and not act),
             (f"act_bins is at least 1, not {self.act_bins}", self.act_bins < 1),
@@ -184,6 +190,15 @@ class Recipe:
             if fnmatchcase(layer, pattern):
                 return self._changed(pattern, changes)
         return self._changed("", ()) if self.overrides else self
+
+    def changed(self, **changes: Any) -> "Recipe":
+        """One layer's recipe with other fields; `calibration` follows from what it then needs.
+
+        Raises: ValueError for fields that there aren't and for what no layer could run.
+        """
+        if _needs_calibration(vars(self) | changes) and self.calibration == "none":
+            changes = {"calibration": "uniform"} | changes
+        return self._changed("a change", tuple(changes.items()))
 
     def _changed(self, pattern: str, changes: Changes) -> "Recipe":
         values = {f.name: getattr(self, f.name) for f in fields(self)} | dict(changes) | {"overrides": ()}
@@ -224,7 +239,7 @@ def _needs_calibration(values: Mapping[str, Any]) -> bool:
     return bool(
         values["rounding"] != "nearest"
         or values["low_rank_metric"] == "output"
-        or values["sparse_choice"] == "sensitivity"
+        or values["sparse_choice"] in ("sensitivity", "salient")
         or values["premul"] in ("smooth", "duquant")
         or values["act_scale"] == "static"
         or (values["columns"] and values["column_choice"] == "activation")

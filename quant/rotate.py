@@ -47,12 +47,12 @@ def hadamard(x: Tensor) -> Tensor:
     x: float[..., d] in its own dtype. A width that isn't a power of two is transformed in equal blocks of the largest
     power of two that divides it: an odd width only gets its signs.
     """
-    return _walsh(x * signs(x.shape[-1]).to(x.device, x.dtype))
+    return walsh(x * signs(x.shape[-1]).to(x.device, x.dtype))
 
 
 def unhadamard(x: Tensor) -> Tensor:
     """The inverse of `hadamard`."""
-    return _walsh(x) * signs(x.shape[-1]).to(x.device, x.dtype)
+    return walsh(x) * signs(x.shape[-1]).to(x.device, x.dtype)
 
 
 @functools.cache
@@ -112,7 +112,8 @@ def zigzag(size: Tensor, block: int) -> Tensor:
     return rows.T.reshape(-1)
 
 
-def _walsh(x: Tensor) -> Tensor:
+def walsh(x: Tensor) -> Tensor:
+    """x H per row, without signs."""
     width = x.shape[-1]
     block = width & -width
     flat = x.reshape(-1, width // block, block) if width else x

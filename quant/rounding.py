@@ -21,7 +21,7 @@ def round_weights(w: Tensor, bits: int, clip: str) -> tuple[Tensor, Tensor]:
     complement.
     """
     top = 2 ** (bits - 1) - 1
-    full = _ceil_bfloat16(w.abs().amax(dim=1, keepdim=True) / top)
+    full = ceil_bfloat16(w.abs().amax(dim=1, keepdim=True) / top)
     if clip == "absmax":
         return _codes(w, full, -top, top).to(torch.int8), full.squeeze(1).to(torch.bfloat16)
     best_scale, best_error = full, _squared_error(w, full, -top - 1, top)
@@ -39,7 +39,7 @@ def round_weights(w: Tensor, bits: int, clip: str) -> tuple[Tensor, Tensor]:
 _TINY = float(torch.finfo(torch.float32).tiny)
 
 
-def _ceil_bfloat16(scale: Tensor) -> Tensor:
+def ceil_bfloat16(scale: Tensor) -> Tensor:
     """Smallest bfloat16 value >= scale, as float32; never below the smallest normal number."""
     bits = scale.clamp_min(_TINY).contiguous().view(torch.int32)
     return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)

@@ -8,7 +8,9 @@ import ray
 import torch
 from torch import Tensor
 
-from bitdgdm.quant.decompose import LayerReport, LinearParts, decompose
+from bitdgdm.quant.decompose import decompose
+from bitdgdm.quant.layer_report import LayerReport
+from bitdgdm.quant.parts import LinearParts
 from bitdgdm.quant.recipe import Recipe
 
 

@@ -22,8 +22,9 @@ from bitdgdm.models.features import network_input
 from bitdgdm.models.noise import cosine_schedule, posterior, posterior_table
 from bitdgdm.models.philox import edge_slots, node_slots, philox
 from bitdgdm.models.sampler import draw
-from bitdgdm.quant.decompose import codes, decompose
+from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.linear import QuantLinear
+from bitdgdm.quant.parts import codes
 from bitdgdm.quant.recipe_book import get_recipe
 from tests.kernels.conftest import Case, make_case
 from tests.kernels.emulate import Emulator

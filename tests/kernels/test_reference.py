@@ -20,8 +20,9 @@ from bitdgdm.kernels.network import Shape, prepare
 from bitdgdm.models.digress_config import QM9_NO_H
 from bitdgdm.models.features import network_input
 from bitdgdm.models.philox import philox
-from bitdgdm.quant.decompose import codes, decompose
+from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.linear import QuantLinear
+from bitdgdm.quant.parts import codes
 from bitdgdm.quant.recipe_book import get_recipe
 from tests.kernels.conftest import Case, make_case
 from tests.kernels.emulate import Emulator

@@ -24,7 +24,7 @@ from bitdgdm.pipelines.cli import app
 from bitdgdm.pipelines.spec import CampaignSpec, make_spec
 from bitdgdm.pipelines.spec_reference import EXAMPLE, spec_page
 from bitdgdm.quant.artifact import ArtifactHeader
-from bitdgdm.quant.decompose import LinearParts
+from bitdgdm.quant.parts import PLAIN, LinearParts
 from bitdgdm.quant.recipe_book import recipes
 from tests.pipelines.fake_campaign import make_campaign
 
@@ -162,7 +162,7 @@ def test_the_fields_on_the_page_are_those_that_are_stored(title: str, fields: li
 
 def test_the_tensors_on_the_page_are_those_of_a_layer() -> None:
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
-    parts = {f for f in LinearParts.__dataclass_fields__ if f != "shape"}
+    parts = set(LinearParts.__dataclass_fields__) - set(PLAIN)
     assert set(re.findall(r"`NAME\.(\w+)`", text)) == parts | {"bias", "tau"}
 
 

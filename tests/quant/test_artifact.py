@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from bitdgdm.infra.errors import ArtifactCorrupt, ArtifactTooNew, ModelMismatch, ModelNotFound, NotFinite
@@ -110,6 +112,21 @@ def test_a_network_from_an_artifact_is_the_network_of_its_parts(tmp_path, recipe
     assert torch.equal(built(x), source(x))
 
 
+@pytest.mark.parametrize("name", ["bitdgdm-w4a4-r16-s1", "rtn-w8a8"])
+def test_a_file_of_format_1_gives_the_outputs_that_it_gave_then(name):
+    """The files were written, and run, by commit 0598662."""
+    folder = Path(__file__).parent / "data"
+    outputs = load_file(folder / "format1-outputs.safetensors")
+    net = nn.ModuleDict(
+        {"first": nn.Linear(24, 33), "second": nn.Linear(33, 16, bias=False), "head": nn.Linear(16, 3)}
+    )
+    artifact = load_artifact(folder / f"format1-{name}.safetensors")
+    assert artifact.header.format_version == 1 and artifact.header.recipe.name == name
+    built = apply(net, artifact)
+    y = built["head"](built["second"](torch.relu(built["first"](outputs["x"]))))
+    assert torch.allclose(y, outputs[name], rtol=1e-6, atol=1e-6)
+
+
 def test_two_runs_give_equal_bytes(tmp_path):
     for name in ("a", "b"):
         save_artifact(tmp_path / name, *content())
@@ -202,11 +219,11 @@ def forged(path, tensors, metadata):
 
 def test_a_newer_format_is_refused_before_anything_else(saved, tmp_path):
     tensors, metadata = container.read_container(saved)
-    path = forged(tmp_path / "a", tensors, metadata | {"format_version": "2", "header": "what comes then"})
+    path = forged(tmp_path / "a", tensors, metadata | {"format_version": "3", "header": "what comes then"})
     for read in (load_artifact, read_header):
         with pytest.raises(ArtifactTooNew) as caught:
             read(path)
-        assert (caught.value.found, caught.value.supported) == (2, FORMAT_VERSION)
+        assert (caught.value.found, caught.value.supported) == (3, FORMAT_VERSION)
     whole = path.read_bytes()
     with pytest.raises(ArtifactTooNew):
         load_artifact(written(tmp_path, whole[:-10]))

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitdgdm.infra.errors import NotFinite
-from bitdgdm.quant.decompose import LayerReport, codes, decompose, dense, merged, narrow, side
+from bitdgdm.quant.decompose import decompose
+from bitdgdm.quant.layer_report import LayerReport
+from bitdgdm.quant.parts import codes, dense, merged, narrow, side
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import get_recipe, recipes
 from bitdgdm.quant.robust_pca import budget

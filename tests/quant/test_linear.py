@@ -1,10 +1,8 @@
 """Run: .venv/bin/python -m pytest tests/quant/test_linear.py
 
-The expectation is built in NumPy: activation codes in float32 as documented, the integer product in int64,
-everything else in float64.
+The expectation is the formula in NumPy (plain_linear.py): activation codes in float32 as documented, the integer
+product in int64, everything else in float64.
 """
-
-import dataclasses
 
 import numpy as np
 import pytest
@@ -14,95 +12,93 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitdgdm.quant.decompose import decompose, merged
-from bitdgdm.quant.linear import QuantLinear, exact_product, quantize_tokens, row_threshold
+from bitdgdm.quant.activations import quantize_tokens, row_threshold
+from bitdgdm.quant.decompose import decompose
+from bitdgdm.quant.linear import QuantLinear, set_time
+from bitdgdm.quant.parts import merged
+from bitdgdm.quant.product import exact_product
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import get_recipe, recipes
+from bitdgdm.quant.stats import stats_of_rows
+from tests.quant.plain_linear import expected
 
+T = 50
 DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")
+PLAIN = Recipe("plain", 4, 4)
 VARIANTS = (
     *recipes(),
-    dataclasses.replace(DEFAULT, name="16-bit factors", factor_bits=16),
-    dataclasses.replace(DEFAULT, name="no factors", rank=0),
-    dataclasses.replace(DEFAULT, name="no sparse part", alpha=0.0),
-    dataclasses.replace(DEFAULT, name="symmetric", act_asymmetric=False),
+    DEFAULT.changed(name="16-bit factors", factor_bits=16),
+    DEFAULT.changed(name="4-bit factors", factor_bits=4),
+    DEFAULT.changed(name="no factors", rank=0),
+    DEFAULT.changed(name="no sparse part", alpha=0.0),
+    DEFAULT.changed(name="symmetric", act_asymmetric=False),
     Recipe("8-bit asymmetric", 8, 8, act_asymmetric=True, outlier_sigma=4.0),
+    Recipe("4-bit weights, 8-bit asymmetric", 4, 8, act_asymmetric=True),
     Recipe("weights only", 4, 16, rank=4, alpha=0.05, weight_clip="mse"),
-)
+    Recipe("w3a6", 3, 6),
+    Recipe("w6a6", 6, 6, act_asymmetric=True),
+    PLAIN.changed(name="fp8", weight_format="fp8", weight_bits=8, act_format="fp8", act_bits=8),
+    PLAIN.changed(name="fp8 one", weight_bits=8, weight_format="fp8", act_format="fp8", act_bits=8, act_scale="one"),
+    PLAIN.changed(name="fp8 weights", weight_format="fp8", weight_bits=8, rank=2, alpha=0.05),
+    PLAIN.changed(name="fp8 inputs", act_format="fp8", act_bits=8, outlier_budget=2),
+    PLAIN.changed(name="fp8 static", act_format="fp8", act_bits=8, act_scale="static", act_bins=3),
+    PLAIN.changed(name="static", act_scale="static", act_asymmetric=True, act_bins=4, act_range="mse"),
+    PLAIN.changed(name="static symmetric", act_scale="static", act_range="quantile", outlier_sigma=3.0),
+    PLAIN.changed(name="static learned", act_scale="static", act_bins=3, act_groups="learned"),
+    PLAIN.changed(name="static smooth", act_scale="static", act_groups="smooth"),
+    PLAIN.changed(name="groups", weight_group=16, outlier_budget=3, act_asymmetric=True, rank=2),
+    PLAIN.changed(name="codebook", weight_format="codebook", act_bits=16, alpha=0.02, sparse_choice="sensitivity"),
+    PLAIN.changed(name="binary", weight_format="binary", weight_bits=1, alpha=0.1, sparse_choice="salient"),
+    PLAIN.changed(name="columns", columns=3, act_asymmetric=True, rank=2, alpha=0.02, outlier_sigma=3.0),
+    PLAIN.changed(name="columns by weight", columns=2, column_choice="weight", rounding="gptq"),
+    PLAIN.changed(name="smooth", premul="smooth", outlier_sigma=3.0, rank=2, alpha=0.05),
+    PLAIN.changed(name="hadamard", premul="hadamard", rank=2, alpha=0.05, columns=1),
+    PLAIN.changed(name="duquant", premul="duquant", rounding="gptq", outlier_budget=2),
+    PLAIN.changed(name="duquant weights only", premul="duquant", act_bits=16),
+    PLAIN.changed(name="literal", remainder=False, rank=4, alpha=0.05, factor_bits=4, outlier_sigma=3.0),
+    PLAIN.changed(name="literal in 16 bit", remainder=False, rank=4, factor_bits=16, premul="smooth", alpha=0.1),
+    PLAIN.changed(name="literal, no cross product", remainder=False, rank=4, alpha=0.05, factor_bits=8,
+                  outlier_budget=2, cross_product=False),
+    DEFAULT.changed(name="no cross product", cross_product=False),
+    PLAIN.changed(name="magnitude", alpha=0.05, sparse_choice="magnitude", rank=2),
+    PLAIN.changed(name="output metric", rank=4, solver="svd", low_rank_metric="output", rounding="gptq", alpha=0.02),
+    PLAIN.changed(name="outlier pursuit", solver="outlier-pursuit", rank=3, alpha=0.05),
+    PLAIN.changed(name="adaround", rounding="adaround", weight_clip="mse"),
+)  # fmt: skip
+assert len({r.name for r in VARIANTS}) == len(VARIANTS)
 each_recipe = pytest.mark.parametrize("recipe", VARIANTS, ids=lambda recipe: recipe.name)
 
 
-def in_float64(parts):
-    """codes int64, scale, L R^T + S from the stored tensors, without the functions under test."""
-    out_features, in_features = parts.shape
-    q = parts.qweight
-    if q.is_floating_point():
-        codes, scale = q.double().numpy(), np.ones(out_features)
-    else:
-        raw = q.numpy()
-        if raw.dtype == np.uint8:
-            nibbles = np.stack((raw % 16, raw // 16), axis=-1).reshape(out_features, -1)[:, :in_features]
-            raw = (nibbles.astype(np.int64) + 8) % 16 - 8
-        codes, scale = raw.astype(np.int64), parts.scale.double().numpy()
-    side = np.zeros(parts.shape)
-    if parts.proj_up is not None:
-        up, down = parts.proj_up.double().numpy(), parts.proj_down.double().numpy()
-        if parts.proj_up_scale is not None:
-            up, down = (
-                up * parts.proj_up_scale.double().numpy(),
-                down * parts.proj_down_scale.double().numpy(),
-            )
-        side = up @ down.T
-    if parts.sparse_index is not None:
-        rows, columns = np.divmod(parts.sparse_index.numpy().astype(np.int64), in_features)
-        side[rows, columns] += parts.sparse_value.double().numpy()
-    return codes, scale, side
+def any_stats(width, seed=0):
+    rng = np.random.default_rng(seed)
+    time = torch.from_numpy(rng.integers(1, T + 1, 64))
+    sample = rng.standard_t(3, (64, width)) * rng.uniform(0.2, 3, width) * (1 + time.numpy()[:, None] / T)
+    return stats_of_rows(torch.from_numpy(sample), time, T)
 
 
-def activation_codes(t, bits, asymmetric):
-    """(codes int64, scale float32[M, 1]); every line is one float32 operation."""
-    tiny, one = np.finfo(np.float32).tiny, np.float32(1)
-    if asymmetric:
-        levels = np.float32(2**bits - 1)
-        low, high = np.minimum(t.min(1, keepdims=True), 0), np.maximum(t.max(1, keepdims=True), 0)
-        scale = np.maximum((high - low) * (one / levels), tiny)
-        zero = np.rint(low * (one / scale))
-        return np.clip(np.rint(t * (one / scale)), zero, zero + levels).astype(np.int64), scale
-    top = np.float32(2 ** (bits - 1) - 1)
-    scale = np.maximum(np.abs(t).max(1, keepdims=True) * (one / top), tiny)
-    return np.clip(np.rint(t * (one / scale)), -top, top).astype(np.int64), scale
+def decomposed(w, recipe, seed=0):
+    """Parts of any weight; rows of statistics where the recipe needs them."""
+    stats = any_stats(w.shape[1], seed) if recipe.needs_calibration else None
+    return decompose(w, recipe, stats, contributions=False)[0]
 
 
-def expected(x, parts, bias, recipe, tau):
-    """(y float64, bound of what float32 summation may lose)."""
-    codes, scale, side = in_float64(parts)
-    d = codes * scale[:, None]
-    wide = x.astype(np.float64)
-    if recipe.act_bits >= 16:
-        y = wide @ (d + side).T
-    else:
-        outliers = np.zeros_like(x)
-        if recipe.outlier_sigma is not None:
-            limit = (
-                tau
-                if tau is not None
-                else np.sqrt(np.square(wide).mean(1, keepdims=True)) * recipe.outlier_sigma
-            )
-            outliers = np.where(np.abs(x) > np.float32(limit), x, np.float32(0))
-        q, s = activation_codes(x - outliers, recipe.act_bits, recipe.act_asymmetric)
-        y = (q @ codes.T) * s.astype(np.float64) * scale + outliers.astype(np.float64) @ d.T + wide @ side.T
-    sums = np.abs(wide) @ (np.abs(d) + np.abs(side)).T + np.abs(bias)
-    return y + bias, sums * (x.shape[1] + 16) * 2.0**-23 + 1e-36
+def made(w, recipe, bias=None, tau=None):
+    layer = QuantLinear.from_parts(decomposed(w, recipe), bias, recipe, tau)
+    set_time(layer, torch.tensor([7]))
+    return layer
 
 
 def check(recipe, w, x, tau=None, seed=0):
-    parts, _ = decompose(torch.from_numpy(w), recipe)
+    parts = decomposed(torch.from_numpy(w), recipe, seed)
     bias = np.random.default_rng(seed).standard_normal(w.shape[0]).astype(np.float32)
     layer = QuantLinear.from_parts(
         parts, torch.from_numpy(bias), recipe, None if tau is None else torch.from_numpy(tau)
     )
-    y, loss = expected(x, parts, bias, recipe, tau)
-    assert (np.abs(layer(torch.from_numpy(x)).double().numpy() - y) <= loss).all()
+    for t in (1, T // 2, T) if parts.bin_of_t is not None else (None,):
+        if t is not None:
+            set_time(layer, torch.full((3,), t))
+        y, loss = expected(x, parts, bias, recipe, tau, t)
+        assert (np.abs(layer(torch.from_numpy(x)).double().numpy() - y) <= loss).all()
 
 
 @each_recipe
@@ -155,7 +151,7 @@ def test_the_integer_product_is_exact_at_the_extremes(k, low, high, top):
     mixed = rng.integers(weight_low, -weight_low, (3, k))
     q = np.concatenate([np.full((1, k), high), np.full((1, k), low), rng.integers(low, high + 1, (3, k))])
     w = np.concatenate([np.full((1, k), weight_low), np.full((1, k), -weight_low - 1), mixed])
-    product = exact_product(torch.from_numpy(q).float(), torch.from_numpy(w).float(), top * -weight_low)
+    product = exact_product(torch.from_numpy(q).float(), torch.from_numpy(w).float(), top, -weight_low)
     assert np.array_equal(product.numpy(), (q.astype(np.int64) @ w.T.astype(np.int64)).astype(np.float32))
 
 
@@ -163,7 +159,7 @@ def test_the_integer_product_is_exact_at_the_extremes(k, low, high, top):
 def test_the_integer_product_is_exact_for_any_shape(m, k, n, seed):
     rng = np.random.default_rng(seed)
     q, w = rng.integers(-127, 128, (m, k)), rng.integers(-128, 128, (n, k))
-    product = exact_product(torch.from_numpy(q).float(), torch.from_numpy(w).float(), 127 * 128)
+    product = exact_product(torch.from_numpy(q).float(), torch.from_numpy(w).float(), 127, 128)
     assert np.array_equal(product.numpy(), q @ w.T)
 
 
@@ -171,7 +167,7 @@ def test_float_and_int8_units_give_the_same_output(monkeypatch):
     layer = QuantLinear.from_parts(decompose(torch.randn(40, 300), DEFAULT)[0], torch.randn(40), DEFAULT)
     x = torch.randn(50, 300)
     as_it_is = layer(x)
-    monkeypatch.setattr("bitdgdm.quant.linear._int8_is_exact", lambda: False)
+    monkeypatch.setattr("bitdgdm.quant.product._int8_is_exact", lambda: False)
     assert torch.equal(layer(x), as_it_is)
 
 
@@ -238,9 +234,7 @@ def test_full_precision_is_the_linear_itself():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_token_that_is_not_finite_spoils_its_own_output_and_no_other(recipe, bad):
     rng = np.random.default_rng(2)
-    layer = QuantLinear.from_parts(
-        decompose(torch.from_numpy(rng.standard_normal((6, 30))), recipe)[0], None, recipe
-    )
+    layer = made(torch.from_numpy(rng.standard_normal((6, 30))), recipe)
     x = torch.from_numpy(rng.standard_normal((4, 30))).float()
     clean = layer(x)
     x[2, 5] = bad
@@ -251,7 +245,7 @@ def test_a_token_that_is_not_finite_spoils_its_own_output_and_no_other(recipe, b
 
 @each_recipe
 def test_any_leading_shape_an_empty_batch_and_bfloat16_work(recipe):
-    layer = QuantLinear.from_parts(decompose(torch.randn(6, 30), recipe)[0], torch.randn(6), recipe)
+    layer = made(torch.randn(6, 30), recipe, torch.randn(6))
     x = torch.randn(2, 3, 4, 30)
     assert torch.allclose(layer(x), layer(x.view(24, 30)).view(2, 3, 4, 6), rtol=1e-5, atol=1e-6)
     assert layer(x[:0]).shape == (0, 3, 4, 6) and layer(x[0, 0, 0]).shape == (6,)
@@ -261,7 +255,7 @@ def test_any_leading_shape_an_empty_batch_and_bfloat16_work(recipe):
 
 @each_recipe
 def test_autocast_does_not_change_the_result(recipe):
-    layer = QuantLinear.from_parts(decompose(torch.randn(6, 30), recipe)[0], torch.randn(6), recipe)
+    layer = made(torch.randn(6, 30), recipe, torch.randn(6))
     x = torch.randn(5, 30)
     with torch.autocast("cpu", torch.bfloat16):
         inside = layer(x)
@@ -270,9 +264,7 @@ def test_autocast_does_not_change_the_result(recipe):
 
 @each_recipe
 def test_no_shape_depends_on_data(recipe):
-    layer = QuantLinear.from_parts(
-        decompose(torch.randn(6, 30), recipe)[0], torch.randn(6), recipe, torch.rand(30)
-    )
+    layer = made(torch.randn(6, 30), recipe, torch.randn(6), torch.rand(30))
     with FakeTensorMode(allow_non_fake_inputs=True):  # a read of any value would raise here
         y = layer(torch.empty(2, 5, 30))
     assert y.shape == (2, 5, 6)
@@ -288,8 +280,10 @@ def test_a_bias_or_threshold_of_another_length_is_refused():
 def on_gpu(recipe, seed=0):
     """(layer on the CPU, its copy on the GPU, tokens)."""
     rng = np.random.default_rng(seed)
-    parts, _ = decompose(torch.from_numpy(rng.standard_t(4, (64, 2048)).astype(np.float32)), recipe)
+    parts = decomposed(torch.from_numpy(rng.standard_t(4, (64, 2048)).astype(np.float32)), recipe)
     layers = [QuantLinear.from_parts(parts, torch.ones(64), recipe).to(device) for device in ("cpu", "cuda")]
+    for layer in layers:
+        set_time(layer, torch.tensor([7]).to(layer.codes.device if layer.codes is not None else "cpu"))
     return *layers, torch.from_numpy(rng.standard_t(3, (40, 2048)).astype(np.float32))
 
 
@@ -300,9 +294,8 @@ def test_a_gpu_gets_the_same_codes_scales_and_integers(bits, asymmetric):
     host, there, x = on_gpu(Recipe("any", 8, bits, act_asymmetric=asymmetric))
     (q, s), (q_there, s_there) = (quantize_tokens(t, bits, asymmetric) for t in (x, x.cuda()))
     assert torch.equal(q, q_there.cpu()) and torch.equal(s, s_there.cpu())
-    largest = (2**bits - 1) * 128
-    product = exact_product(q, host.codes, largest)
-    assert torch.equal(product, exact_product(q_there, there.codes, largest).cpu())
+    product = exact_product(q, host.codes, 2**bits - 1, 128)
+    assert torch.equal(product, exact_product(q_there, there.codes, 2**bits - 1, 128).cpu())
 
 
 @pytest.mark.gpu
@@ -328,7 +321,7 @@ def test_a_gpu_gives_the_same_output_also_replayed_from_a_graph(recipe):
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
 def test_a_gpu_decomposes_as_well_as_a_cpu(recipe):
     w = torch.from_numpy(np.random.default_rng(0).standard_t(4, (96, 160)).astype(np.float32))
-    (here, report), (there, report_there) = (decompose(v, recipe) for v in (w, w.cuda()))
+    (here, report), (there, report_there) = (decompose(v, recipe, any_stats(160)) for v in (w, w.cuda()))
     assert all(t.device.type == "cpu" for t in there.tensors().values())
     assert here.tensors().keys() == there.tensors().keys()
     assert report_there.relative_error == pytest.approx(report.relative_error, rel=0.02, abs=1e-9)
