@@ -27,10 +27,12 @@ from bitdgdm.kernels.toolchain import missing
 from bitdgdm.models.digress_config import DigressConfig
 from bitdgdm.models.seam import Chain
 from bitdgdm.quant.linear import QuantLinear
+from bitdgdm.quant.recipe import Recipe
 
 log = logging.getLogger("bitdgdm.engine")
 LEAST_SHARED = 101376  # of a block on sm_86 and sm_89; newer PyTorch says what it is here
 INTEGERS_ON = (9, 0)
+NOT_RUN = {"name": "", "summary": "", "source": "", "cost": "", "version": 1}
 
 
 def kernel_shape(config: DigressConfig) -> Shape:
@@ -63,14 +65,8 @@ def _rounded(network: nn.Module) -> dict[str, QuantLinear]:
 def _network_refusal(network: nn.Module, config: DigressConfig) -> str:
     for module in _rounded(network).values():
         r = module.recipe
-        if (r.weight_bits, r.act_bits, r.rank, r.alpha, r.act_asymmetric, r.outlier_sigma) != (
-            8,
-            8,
-            0,
-            0,
-            False,
-            None,
-        ):
+        rounded_so = r.changed(**NOT_RUN, weight_clip="absmax", rounding="nearest")
+        if rounded_so != Recipe("", 8, 8):
             return f"they don't compute recipe {r.name}"
     ok, reason = supports(_weights(network), kernel_shape(config))
     return "" if ok else reason
