@@ -41,6 +41,7 @@ class Launcher(Protocol):
     """Runs kernels by (source, name); a Device does it on a GPU."""
 
     device: torch.device
+    arch: str  # "89", "90a"
     multiprocessors: int
     shared_bytes: int  # the most a block may use
 

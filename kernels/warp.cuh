@@ -24,6 +24,7 @@ typedef unsigned long long u64;
 #define THREAD ((int)threadIdx.x)
 #define BLOCK ((int)blockIdx.x)
 #define BLOCKS ((int)gridDim.x)
+#define THREADS ((int)blockDim.x)
 
 DEV u32 pack2(float low, float high) {
   u32 d;

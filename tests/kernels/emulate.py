@@ -26,8 +26,10 @@ class Emulator:
     device = torch.device("cpu")
 
     def __init__(
-        self, defines: Mapping[str, Mapping[str, int]] | None = None, multiprocessors: int = 2, shared_bytes: int = 232448
-    ) -> None:
+        self, defines: Mapping[str, Mapping[str, int]] | None = None, multiprocessors: int = 2, shared_bytes: int = 232448,
+        arch: str = "90a",
+    ) -> None:  # fmt: skip
+        self.arch = arch
         self.multiprocessors, self.shared_bytes, self._defines = multiprocessors, shared_bytes, defines or {}
         self._libraries: dict[str, ctypes.CDLL] = {}
 

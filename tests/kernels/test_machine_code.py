@@ -27,6 +27,7 @@ KERNELS = {
     "graph_path": ("pool", "graph_in", "graph_mid"),
     "features": ("features",),
     "sample": ("embed", "sample", "advance"),
+    "int4": ("int4_linear", "int4_linear_asymmetric", "int4_long", "int4_long_asymmetric"),
 }
 HOPPER = {
     "edge_wg": ("edge_attend",),
@@ -91,6 +92,14 @@ def test_products_run_on_tensor_cores_and_nothing_in_local_memory(source: str, a
         assert products >= PRODUCTS.get(name, 0), (name, products)
         if name == "edge_attend":
             assert sum(n for op, n in counts.items() if op.startswith("HFMA2") and "BF16" in op) >= 4  # FiLM in pairs
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_codes_of_4_bit_are_multiplied_as_they_are_but_on_hopper(arch: str, cache: Path) -> None:
+    for name, counts in opcodes(compiled("int4", arch, 64, cache)).items():
+        products = {op: n for op, n in counts.items() if op.startswith("IMMA")}
+        kind = "IMMA.16832.S8.S8" if arch == "90a" else f"IMMA.16864.{'U4' if 'asymmetric' in name else 'S4'}.S4"
+        assert set(products) == {kind} and products[kind] >= 8, (name, products)
 
 
 @pytest.mark.parametrize("dy", [64, 128])

@@ -25,6 +25,7 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct uint2 { u32 x, y; };
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline int2 make_int2(int x, int y) { return {x, y}; }
 static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static inline int min(int a, int b) { return a < b ? a : b; }
@@ -37,6 +38,7 @@ static inline int max(int a, int b) { return a > b ? a : b; }
 #define THREAD (emu::current)
 #define BLOCK (emu::block)
 #define BLOCKS (emu::blocks)
+#define THREADS (emu::threads)
 #define __restrict__
 #define __align__(n) __attribute__((aligned(n)))
 

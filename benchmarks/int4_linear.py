@@ -1,0 +1,122 @@
+"""What does a Linear by the default recipe cost in our W4A4 kernel, against torch's bf16 Linear and against QuantLinear?
+
+Run: PYTHONPATH=. python benchmarks/int4_linear.py [--results DIR]   (needs a GPU, nvcc and PyCUDA)
+Writes int4_linear-<hardware>.json: device microseconds of every case, medians of 20 runs, in turn in one process. Inputs
+are bf16 rows of DiGress's own shapes for 8,192 QM9 molecules, and one large square.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from rows import RESULTS, keep, row
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bitdgdm.kernels.int4 import Int4Linear, int4_linear, pack
+from bitdgdm.kernels.launch import Device
+from bitdgdm.kernels.reference_int4 import int4_linear as twin
+from bitdgdm.quant.decompose import decompose
+from bitdgdm.quant.linear import QuantLinear
+from bitdgdm.quant.recipe_book import get_recipe
+
+QUESTION = "int4_linear"
+SHAPES = ((64, 256, 640_000), (64, 128, 640_000), (256, 64, 640_000), (256, 256, 72_000), (2048, 64, 8192), (2048, 2048, 65_536))
+TORCH, PLAIN, FULL, QUANT = "torch bf16", "ours w4a4", "ours w4a4-r16-s1, 3 sigma", "QuantLinear in torch, w4a4-r16-s1"
+
+
+def layers(width: int, out: int, device: torch.device) -> tuple[Tensor, Int4Linear, Int4Linear, QuantLinear, dict[str, Tensor]]:
+    """A weight in bf16, packed plainly, packed by the default recipe, as QuantLinear; and the recipe's parts."""
+    torch.manual_seed(width + out)
+    weight, recipe = torch.randn(out, width) / width**0.5, get_recipe("bitdgdm-w4a4-r16-s1")
+    small = out * width <= 2**18  # a larger one is only for its time: made-up factors do
+    quant = QuantLinear.from_parts(decompose(weight[:256], recipe, contributions=False)[0], torch.zeros(min(out, 256)), recipe)
+    if small:
+        parts = decompose(weight, recipe, contributions=False)[0]
+        quant = QuantLinear.from_parts(parts, torch.zeros(out), recipe)
+        assert quant.codes is not None and quant.scale is not None
+        assert parts.proj_up is not None and parts.proj_down is not None and parts.sparse_index is not None
+        up, down = parts.proj_up.float(), parts.proj_down.float()
+        if parts.proj_up_scale is not None and parts.proj_down_scale is not None:
+            up, down = up * parts.proj_up_scale.float(), down * parts.proj_down_scale.float()
+        sparse = torch.zeros(out, width)
+        sparse.view(-1)[parts.sparse_index.long()] = parts.sparse_value.float()
+        codes, scale = quant.codes.to(torch.int8), quant.scale
+    else:
+        codes, scale = torch.randint(-7, 8, (out, width)).to(torch.int8), torch.rand(out) / 64
+        up, down = torch.randn(out, 16) / 16, torch.randn(width, 16) / width**0.5
+        sparse = torch.zeros(out, width).scatter_(1, torch.rand(out, width).topk(width // 100, 1).indices, 0.25)
+    plain = pack(codes, scale, torch.zeros(out), device=device)
+    full = pack(codes, scale, torch.zeros(out), asymmetric=True, sigma=3.0, up=up, down=down, sparse=sparse, device=device)
+    parts_of = {"codes": codes, "scale": scale, "side": up @ down.T + sparse}
+    return weight.to(device, torch.bfloat16), plain, full, quant.to(device), parts_of
+
+
+def agreement(x: Tensor, packed: Int4Linear, parts: dict[str, Tensor], device: Device) -> tuple[float, float]:
+    """Relative error of the kernel and of PyTorch with branches in bf16, against float64, on a few rows."""
+    few = x[:512].float().cpu()
+    exact = twin(few, **parts, asymmetric=True, sigma=3.0, dtype=torch.float64)  # type: ignore[arg-type]
+    low = twin(few, **parts, asymmetric=True, sigma=3.0, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    ours = int4_linear(x[:512], packed, device).cpu()
+    return tuple(float((y.double() - exact).norm() / exact.norm()) for y in (ours, low))  # type: ignore[return-value]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1000
+
+
+def measure(width: int, out: int, rows: int, device: Device, runs: int) -> list[dict]:
+    """The rows of one shape."""
+    weight, plain, full, quant, parts = layers(width, out, device.device)
+    x = torch.randn(rows, width, device=device.device)
+    x = (x * (1 + 9 * (torch.rand_like(x) < 0.005))).bfloat16()  # half a percent of outliers
+    ours, low = agreement(x, full, parts, device)
+    assert ours <= 2 * low, (ours, low)
+    calls: dict[str, Callable[[], object]] = {
+        TORCH: lambda: linear(x, weight),
+        PLAIN: lambda: int4_linear(x, plain, device),
+        FULL: lambda: int4_linear(x, full, device),
+    }
+    if quant.out_features == out:
+        calls[QUANT] = lambda: quant(x)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode(), device.stream():
+        for k in range(runs + 3):
+            for name, call in calls.items():
+                found = seconds(call)
+                if k > 2:
+                    times[name].append(found)
+    case, result = f"{rows} rows, {width} -> {out}", []
+    for name, found in times.items():
+        result.append(row(QUESTION, f"{case}, {name}", "time", [1e6 * s for s in found], "us"))
+        rate = 2 * rows * width * out / median(found) / 1e12
+        result.append(row(QUESTION, f"{case}, {name}", "arithmetic of the dense product", rate, "T/s"))
+        if name not in (TORCH, QUANT):
+            for baseline in (TORCH, QUANT):
+                if baseline in times:
+                    gain = median(times[baseline]) / median(found)
+                    result.append(row(QUESTION, f"{case}, {name}", f"times {baseline}", gain, "x", baseline=baseline))
+    result.append(row(QUESTION, f"{case}, {FULL}", "relative error", 100 * ours, "%", baseline=f"bf16 branches: {100 * low:.3g} %"))
+    return result
+
+
+def main() -> None:
+    """Parse the options and run."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--runs", type=int, default=20)
+    p.add_argument("--results", type=Path, default=RESULTS)
+    a = p.parse_args()
+    device = Device()
+    for width, out, rows in SHAPES:
+        keep(QUESTION, measure(width, out, rows, device, a.runs), a.results)
+
+
+if __name__ == "__main__":
+    main()

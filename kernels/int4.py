@@ -1,0 +1,198 @@
+"""A Linear of 4-bit weights and 4-bit inputs with its side branches, as one launch (int4.cu).
+
+Guarantees: the integer part is exact, so the result without branches is QuantLinear's to the last bit, on every GPU;
+a row's result depends on the row alone. sm_80, 86 and 89 multiply 4-bit codes as they are; sm_90 and later, whose
+4-bit product is emulated, unpack them to 8 bit in registers and get the same integers.
+Knows nothing of: recipes, networks, which Linear this is.
+
+    y = s_w (s_x (Q(x_D) codes^T) + x_S codes^T) + x (L R^T + S)^T + b
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitdgdm.kernels.launch import Launcher
+from bitdgdm.kernels.pack import pack_weight
+
+STEP, ROUND = 64, 64  # inner length of a product's step, channels of a round
+MOST_RANK = 32
+_BF16, _OUTLIERS = 1, 2  # flags of int4.cu
+_WARPS = 4
+
+
+@dataclass(frozen=True)
+class Int4Linear:
+    """A Linear packed for the kernel, on its device; None where there is no such part. Layouts: see int4.cu.
+
+    `length` is the inner length, padded to whole steps; a shorter input is padded too.
+    """
+
+    out_features: int
+    in_features: int
+    length: int
+    asymmetric: bool
+    outliers: bool
+    words: Tensor
+    codes_t: Tensor
+    vec: Tensor
+    row_sums: Tensor
+    tau: Tensor | None
+    factor: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    sparse: Tensor | None
+
+    @property
+    def branches(self) -> bool:
+        """Whether the input itself is needed beside its codes."""
+        return self.outliers or self.up is not None or self.sparse is not None
+
+    @property
+    def width(self) -> int:
+        """Entries of S kept for every output channel."""
+        return 0 if self.sparse is None else self.sparse.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Components of L R^T, in steps of 16."""
+        return 0 if self.up is None else self.up.shape[0] * 16
+
+
+def native(arch: str) -> bool:
+    """Whether an architecture ("89") multiplies 4-bit codes in its tensor cores."""
+    return arch.startswith("8")
+
+
+def _shared(length: int, tiles: int, branches: bool, arch: str) -> int:
+    """Bytes of shared memory of a warp with 16 `tiles` rows."""
+    return tiles * (length * (8 if native(arch) else 16) + length * 32 * branches + length * 2 + 128)
+
+
+def supports(
+    out_features: int, in_features: int, *, rank: int = 0, branches: bool = False, arch: str = "90a", shared_bytes: int = 101376
+) -> tuple[bool, str]:
+    """Whether the kernel takes a Linear on such a GPU, and why not."""
+    if out_features % ROUND:
+        return False, f"int4_linear takes multiples of {ROUND} output channels, not {out_features}"
+    if rank > MOST_RANK:
+        return False, f"int4_linear takes rank {MOST_RANK} at most, not {rank}"
+    if int(arch.rstrip("a")) < 80:
+        return False, f"int4_linear needs sm_80 or newer, not sm_{arch}"
+    length = -(-in_features // STEP) * STEP
+    need = _shared(length, 1, branches, arch)
+    if length > 32768 or need > shared_bytes:
+        return False, (
+            f"int4_linear needs {need} bytes of shared memory for {in_features} input channels, sm_{arch} has {shared_bytes}"
+        )
+    return True, ""
+
+
+def pack(
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    asymmetric: bool = False,
+    sigma: float | None = None,
+    tau: Tensor | None = None,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+    sparse: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Int4Linear:
+    """Pack W ~ codes * scale[:, None] + up down^T + sparse.
+
+    codes: int8[out, in] in [-8, 7]; scale, bias: float[out]; up: float[out, R], down: float[in, R] (kept in bf16);
+    sparse: float[out, in], mostly zero (kept as lists of bf16, as wide as its fullest row). asymmetric: inputs get
+    codes 0..15 from a zero point; else -7..7. sigma: |x| beyond sigma times the row's root mean square are outliers; tau:
+    float[in], limits of |x| a channel, instead. Raises: ValueError with the reason of `supports`.
+    """
+    n, k = codes.shape
+    ok, reason = supports(n, k, rank=0 if up is None else up.shape[1], shared_bytes=1 << 30)
+    if not ok:
+        raise ValueError(reason)
+    length = -(-k // STEP) * STEP
+    full = torch.zeros(n, length, dtype=torch.int64)
+    full[:, :k] = codes.cpu()
+    # n tile, h, g, k step, half, l, i -> k step, n tile, lane (g, l), word (h, half), nibble i
+    parts = full.view(n // 16, 2, 8, length // 64, 2, 4, 8).permute(3, 0, 2, 5, 1, 4, 6)
+    words = _nibbles(parts.reshape(length // 64, n // 16, 32, 4, 8)).view(torch.int32).squeeze(-1)
+    # k, round, n tile, l, e -> k, round, l, n tile (two channels a byte)
+    by_k = full.T.reshape(length, n // ROUND, 8, 4, 2).permute(0, 1, 3, 2, 4)
+    codes_t = _nibbles(by_k)
+    vec = torch.stack((scale.float().cpu(), torch.zeros(n) if bias is None else bias.float().cpu()))
+
+    def there(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.contiguous().to(device)
+
+    factor = limits = None
+    if tau is not None:
+        limits = torch.full((length,), math.inf)
+        limits[:k] = tau.float().cpu()
+    elif sigma is not None:
+        factor = torch.tensor([sigma / math.sqrt(k)], dtype=torch.float64)
+    if up is not None and down is not None:
+        rank = -(-up.shape[1] // 16) * 16
+        down, up = pack_weight(down.float().cpu().T, rows=rank, cols=length), pack_weight(up.float().cpu(), cols=rank)
+    return Int4Linear(
+        n, k, length, asymmetric, sigma is not None or tau is not None,
+        words.contiguous().to(device), codes_t.contiguous().to(device), vec.to(device), full.sum(1).to(torch.int32).to(device),
+        there(limits), there(factor), there(down), there(up), there(_lists(sparse)),
+    )  # fmt: skip
+
+
+def _nibbles(values: Tensor) -> Tensor:
+    """Integers of an even last axis as bytes, the first of two in the low four bits: [..., 2 b] -> uint8[..., b]."""
+    return (values[..., 0::2] & 15 | (values[..., 1::2] & 15) << 4).to(torch.uint8)
+
+
+def _lists(sparse: Tensor | None) -> Tensor | None:
+    """Lists of fixed width: int32[width, out], the input channel and above it the value as bf16; 0 where a row has fewer."""
+    if sparse is None or not bool(sparse.any()):
+        return None
+    s = sparse.float().cpu()
+    width = int((s != 0).sum(1).max())
+    # entries first, in the order of channels, then whatever is zero
+    order = torch.argsort((s == 0).to(torch.int8), dim=1, stable=True)[:, :width]
+    values = s.gather(1, order).to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
+    word = torch.where(values == 0, 0, order | values << 16)
+    return torch.where(word >= 2**31, word - 2**32, word).T.to(torch.int32)
+
+
+def int4_linear(x: Tensor, linear: Int4Linear, launcher: Launcher) -> Tensor:
+    """x: float32 or bf16 [..., in] -> [..., out] in the same type, queued on the launcher's stream.
+
+    Raises: ValueError if x has another type or width, or if the GPU has no room for it.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.shape[-1] != linear.in_features:
+        raise ValueError(f"int4_linear takes float32 or bf16 [..., {linear.in_features}], not {x.dtype} {list(x.shape)}")
+    ok, reason = supports(
+        linear.out_features, linear.in_features, rank=linear.rank, branches=linear.branches, arch=launcher.arch,
+        shared_bytes=launcher.shared_bytes,
+    )  # fmt: skip
+    if not ok:
+        raise ValueError(reason)
+    rows = x.reshape(-1, linear.in_features)
+    if linear.length != linear.in_features:
+        rows = torch.nn.functional.pad(rows, (0, linear.length - linear.in_features))
+    rows = rows.contiguous()
+    y = torch.empty(len(rows), linear.out_features, dtype=x.dtype, device=x.device)
+    if len(rows):
+        _launch(rows, y, linear, launcher)
+    return y.view(*x.shape[:-1], linear.out_features)
+
+
+def _launch(x: Tensor, y: Tensor, w: Int4Linear, launcher: Launcher) -> None:
+    tiles = 2 if _shared(w.length, 2, w.branches, launcher.arch) <= launcher.shared_bytes else 1
+    each = _shared(w.length, tiles, w.branches, launcher.arch)
+    warps = min(_WARPS, launcher.shared_bytes // each)
+    kernel = ("int4_long", "int4_linear")[tiles - 1] + "_asymmetric" * w.asymmetric
+    flags = _BF16 * (x.dtype == torch.bfloat16) | _OUTLIERS * w.outliers
+    launcher.launch(
+        "int4", kernel, -(-len(x) // (16 * tiles * warps)), 32 * warps, warps * each,
+        (x, y, w.words, w.codes_t, w.vec, w.row_sums, w.tau, w.factor, w.down, w.up, w.sparse, len(x), w.length,
+         w.out_features, w.rank // 16, w.width, flags),
+    )  # fmt: skip

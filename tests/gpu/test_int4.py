@@ -1,0 +1,58 @@
+"""Run: python -m pytest tests/gpu/test_int4.py -q   (needs a GPU, nvcc and PyCUDA)"""
+
+import pytest
+import torch
+
+from bitdgdm.kernels.int4 import int4_linear, pack
+from bitdgdm.kernels.launch import Device
+from bitdgdm.kernels.reference_int4 import int4_linear as twin
+
+pytestmark = pytest.mark.gpu
+if torch.cuda.is_available():
+    pytest.importorskip("pycuda", reason="needs PyCUDA: pip install 'bitdgdm[gpu]'")
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    return Device(torch.cuda.current_device())
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("rows", "width", "out"), [(1, 64, 64), (4097, 256, 256), (333, 2048, 128)])
+def test_a_plain_product_is_its_twin_to_the_last_bit(
+    device: Device, asymmetric: bool, rows: int, width: int, out: int
+) -> None:
+    g = torch.Generator().manual_seed(rows)
+    codes = torch.randint(-8, 8, (out, width), generator=g).to(torch.int8)
+    scale, bias = torch.rand(out, generator=g), torch.randn(out, generator=g)
+    x = torch.randn(rows, width, generator=g) * torch.logspace(-10, 10, rows)[:, None]
+    x[-1] = 0
+    packed = pack(codes, scale, bias, asymmetric=asymmetric, device=device.device)
+    with device.stream():
+        got = int4_linear(x.to(device.device), packed, device)
+    assert torch.equal(got.cpu(), twin(x, codes, scale, bias, asymmetric=asymmetric))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 256, 2048])
+def test_every_branch_errs_at_most_twice_as_much_as_pytorch_in_bf16(
+    device: Device, dtype: torch.dtype, width: int
+) -> None:
+    g = torch.Generator().manual_seed(width)
+    codes = torch.randint(-8, 8, (128, width), generator=g).to(torch.int8)
+    scale, bias = torch.rand(128, generator=g) / 50, torch.randn(128, generator=g)
+    up, down = torch.randn(128, 16, generator=g).bfloat16(), torch.randn(width, 16, generator=g).bfloat16()
+    sparse = (torch.randn(128, width, generator=g) * (torch.rand(128, width, generator=g) < 0.01)).bfloat16()
+    x = torch.randn(1000, width, generator=g) * (1 + 20 * (torch.rand(1000, width, generator=g) < 0.01))
+    x = x.to(dtype)
+    side = up.float() @ down.float().T + sparse.float()
+    exact, low = (
+        twin(x.float(), codes, scale, bias, asymmetric=True, sigma=3.0, side=side, dtype=kind).double()
+        for kind in (torch.float64, torch.bfloat16)
+    )
+    packed = pack(
+        codes, scale, bias, asymmetric=True, sigma=3.0, up=up, down=down, sparse=sparse, device=device.device
+    )
+    with device.stream():
+        got = int4_linear(x.to(device.device), packed, device).cpu().double()
+    assert (got - exact).norm() <= 2 * (low - exact).norm()
