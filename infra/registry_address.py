@@ -15,9 +15,13 @@ _SQLITE = "sqlite:///"
 _KNOWN_FAULTS = re.compile(r"Connection refused|timed out|Name or service not known|No route to host")
 
 
+def home() -> Path:
+    """Return the folder for what is kept between commands."""
+    return Path(os.environ.get("BITDGDM_HOME") or "~/.bitdgdm").expanduser().absolute()
+
+
 def tracking_uri() -> str:
-    home = Path(os.environ.get("BITDGDM_HOME") or "~/.bitdgdm").expanduser().absolute()
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{home / 'registry.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{home() / 'registry.db'}"
 
 
 def location() -> str:

@@ -11,9 +11,9 @@ rings or more, Morgan fingerprints of radius 2 and 1024 bits); Preuer et al., Fr
 
 import hashlib
 import json
-import multiprocessing
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -83,19 +83,19 @@ def profile(
     *,
     features: bool = True,
     device: str = "cpu",
-    processes: int = 0,
+    pool: Executor | None = None,
     on_progress: Callable[[float], object] | None = None,
 ) -> Profile:
     """Return the profile of valid molecules, in their order.
 
-    features: also ChemNet's, where fcd is installed. device: where ChemNet runs. processes: that share the rest.
+    features: also ChemNet's, where fcd is installed. device: where ChemNet runs. pool: processes that do the rest.
     on_progress is told the fraction that is done. Raises: ValueError for a SMILES that RDKit can't read.
     """
     told = on_progress or (lambda fraction: None)
     distinct = list(dict.fromkeys(smiles))
     wanted = features and fcd_version() is not None
     share = 0.5 if wanted else 1.0
-    rows = _chemistry(distinct, processes, lambda done: told(share * done))
+    rows = _chemistry(distinct, pool, lambda done: told(share * done))
     found = (
         chemnet_features(distinct, device, lambda done: told(1 - share + share * done)) if wanted else None
     )
@@ -114,17 +114,11 @@ def profile(
 _Row = tuple[list[float], str | None, tuple[str, ...], NDArray[np.uint8]]
 
 
-def _chemistry(smiles: Sequence[str], processes: int, told: Callable[[float], object]) -> list[_Row]:
+def _chemistry(smiles: Sequence[str], pool: Executor | None, told: Callable[[float], object]) -> list[_Row]:
     chunks = [smiles[i : i + _CHUNK] for i in range(0, len(smiles), _CHUNK)]
     rows: list[_Row] = []
-    if processes > 1 and len(chunks) > 1:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            for part in pool.map(_rows, chunks):
-                rows += part
-                told(len(rows) / len(smiles))
-        return rows
-    for chunk in chunks:
-        rows += _rows(chunk)
+    for part in pool.map(_rows, chunks) if pool else map(_rows, chunks):
+        rows += part
         told(len(rows) / len(smiles))
     return rows
 
@@ -200,7 +194,7 @@ def save_profile(path: Path, found: Profile) -> None:
         columns["features"] = [row.astype("<f4").tobytes() for row in found.features]
     table = pa.table(columns).replace_schema_metadata({_METADATA: profile_key(found.smiles).encode()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{multiprocessing.current_process().pid}")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(table, part, compression="zstd")
     part.replace(path)
 

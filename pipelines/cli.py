@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bitdgdm.infra.version import code_version
-from bitdgdm.pipelines import commands_campaign, commands_host, commands_models
+from bitdgdm.pipelines import commands_campaign, commands_evaluate, commands_host, commands_models
 from bitdgdm.pipelines.console import run
 
 app = typer.Typer(
@@ -44,6 +44,8 @@ app.command("quantize")(commands_models.quantize)
 app.command("generate")(commands_campaign.generate)
 app.command("status")(commands_campaign.status)
 app.command("report")(commands_campaign.report)
+app.command("evaluate")(commands_evaluate.evaluate)
+app.command("compare")(commands_evaluate.compare)
 app.command("import")(commands_models.import_)
 app.command("recipes")(commands_models.recipes)
 app.command("doctor")(commands_host.doctor)

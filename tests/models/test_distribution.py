@@ -4,7 +4,9 @@ Distances between sets of molecules, against SciPy, MOSES' formulas written down
 """
 
 import math
+import multiprocessing
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +210,8 @@ def test_a_profile_has_a_row_a_molecule_in_order_whoever_computes_it() -> None:
         for i in range(30)
         for s in ("O", "N", "F", "C#N", "C=O", "OC", "NC", "C", "C=C", "CO")
     ]
-    shared = profile(many, features=False, processes=2)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        shared = profile(many, features=False, pool=pool)
     alone = profile(many, features=False)
     assert shared.smiles == alone.smiles and shared.fragments == alone.fragments
     assert (shared.properties == alone.properties).all() and (shared.bits == alone.bits).all()
