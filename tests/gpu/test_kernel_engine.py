@@ -105,10 +105,10 @@ def test_a_captured_step_gives_the_bytes_of_its_launches(engine: KernelEngine, w
 
 
 DIGEST = """
-import sys, torch
+import sys
 sys.path.insert(0, sys.argv[1])
-from tests.gpu.test_kernel_engine import QM9, SEED, STEPS, digest, load_engine, sample_ids
-print(digest(sample_ids(load_engine("builtin:digress-qm9", "cuda", engine="kernels"), QM9, SEED, 0, 512, STEPS, 512)))
+from tests.gpu.test_kernel_engine import QM9, SEED, STEPS, digest, open_kernels, sample_ids
+print(digest(sample_ids(open_kernels(sys.argv[2]), QM9, SEED, 0, 512, STEPS, 512)))
 """
 
 
@@ -117,16 +117,32 @@ def digest(graphs: Graphs) -> str:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_give_equal_bytes(bf16: KernelEngine) -> None:
-    wanted = digest(sample_ids(bf16, QM9, SEED, 0, 512, STEPS, 512))
+def test_two_gpus_give_equal_bytes(engine: KernelEngine) -> None:
+    model = "rtn-w8a8" if engine.name == "rtn-w8a8" else "builtin:digress-qm9"
+    wanted = digest(sample_ids(engine, QM9, SEED, 0, 512, STEPS, 512))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    for gpu in ("0", "1"):
-        done = subprocess.run(
-            [sys.executable, "-c", DIGEST, str(ROOT)], capture_output=True, text=True, cwd=ROOT,
+    at_once = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIGEST, str(ROOT), model], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "PYTHONPATH": path},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == wanted, f"GPU {gpu}"
+        )
+        for gpu in "01"
+    ]  # fmt: skip
+    for gpu, process in enumerate(at_once):
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert out.strip() == wanted, f"GPU {gpu}"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_one_process_drives_two_gpus_with_equal_bytes(bf16: KernelEngine) -> None:
+    wanted = sample_ids(bf16, QM9, SEED, 0, 512, STEPS, 512)
+    for gpu in (1, 0):
+        with torch.cuda.device(gpu):
+            there = open_kernels("builtin:digress-qm9")
+            assert there.device.index == gpu
+            assert equal(sample_ids(there, QM9, SEED, 0, 512, STEPS, 512), wanted)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
