@@ -25,12 +25,17 @@ from bitdgdm.quant.artifact import (
     save_artifact,
 )
 from bitdgdm.quant.decompose import decompose
-from bitdgdm.quant.linear import QuantLinear
+from bitdgdm.quant.linear import QuantLinear, set_time
 from bitdgdm.quant.recipe_book import get_recipe, recipes
+from tests.quant.samples import needed
 
 DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")
+MIXED = DEFAULT.changed(name="mixed", columns=2, column_choice="weight", premul="duquant", rank=2)
+MIXED = dataclasses.replace(
+    MIXED, overrides=(("trunk.2", (("weight_bits", 16),)), ("*", (("outlier_sigma", 2.0),)))
+)
 QUANTIZED = ("trunk.0", "trunk.2")
-each_recipe = pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+each_recipe = pytest.mark.parametrize("recipe", (*recipes(), MIXED), ids=lambda recipe: recipe.name)
 
 
 class Net(nn.Module):
@@ -54,7 +59,9 @@ def content(recipe=DEFAULT, net=None):
     layers, reports = {}, {}
     for name in QUANTIZED:
         linear = net.get_submodule(name)
-        parts, reports[name] = decompose(linear.weight, recipe)
+        own = recipe.for_layer(name)
+        stats = needed(own, linear.in_features)
+        parts, reports[name] = decompose(linear.weight, own, stats, contributions=False)
         tau = torch.ones(linear.in_features) if name == "trunk.2" else None
         layers[name] = (parts, linear.bias, tau)
     kept = {name: t for name, t in net.state_dict().items() if name.rpartition(".")[0] not in QUANTIZED}
@@ -107,7 +114,10 @@ def test_a_network_from_an_artifact_is_the_network_of_its_parts(tmp_path, recipe
     built = apply(Net(seed=1), load_artifact(tmp_path / "a"))
     for name, (parts, bias, tau) in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(source.get_submodule(parent), child, QuantLinear.from_parts(parts, bias, recipe, tau))
+        own = recipe.for_layer(name)
+        setattr(source.get_submodule(parent), child, QuantLinear.from_parts(parts, bias, own, tau))
+    for net in (built, source):
+        set_time(net, torch.tensor([9, 9]))
     x = torch.randn(5, 7)
     assert torch.equal(built(x), source(x))
 

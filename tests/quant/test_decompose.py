@@ -9,19 +9,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitdgdm.infra.errors import NotFinite
-from bitdgdm.quant.decompose import decompose
+from bitdgdm.quant.decompose import decompose, decompose_group
 from bitdgdm.quant.layer_report import LayerReport
-from bitdgdm.quant.parts import codes, dense, merged, narrow, side
+from bitdgdm.quant.linear import QuantLinear, set_time
+from bitdgdm.quant.parts import codes, dense, low_rank, merged, narrow, side
 from bitdgdm.quant.recipe import Recipe
-from bitdgdm.quant.recipe_book import get_recipe, recipes
+from bitdgdm.quant.recipe_book import get_recipe
 from bitdgdm.quant.robust_pca import budget
+from tests.quant.plain_linear import weight_of
+from tests.quant.samples import T, any_stats, layer_recipes, needed
 
 DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")
-each_recipe = pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+each_recipe = pytest.mark.parametrize("recipe", layer_recipes(), ids=lambda recipe: recipe.name)
 
 
 def heavy_tailed(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).standard_t(4, shape).astype(np.float32) * 0.05)
+
+
+def decomposed(w, recipe, **how):
+    return decompose(w, recipe, needed(recipe, w.shape[1]), **how)
+
+
+def worst_error(recipe):
+    """What heavy-tailed weights of any size may lose; R1 and one bit lose most of them."""
+    if not recipe.remainder or recipe.weight_bits == 1:
+        return 1.0
+    if recipe.weight_format == "fp8":
+        return 0.05
+    nearest = {3: 0.6, 4: 0.3, 6: 0.08}.get(recipe.weight_bits, 0.02)
+    return nearest if recipe.rounding == "nearest" else 2 * nearest  # those trade it for the output's error
 
 
 def sparse_part(parts):
@@ -42,12 +59,13 @@ def bytes_of(parts):
 @pytest.mark.parametrize("shape", [(64, 256), (33, 71), (1, 40), (40, 1), (1, 1), (3, 2)], ids=str)
 def test_the_parts_add_up_to_the_weight_and_the_report_says_how_closely(recipe, shape):
     w = heavy_tailed(*shape, seed=shape[1])
-    parts, report = decompose(w, recipe)
-    back = merged(parts).double().numpy()
+    parts, report = decomposed(w, recipe)
+    back = weight_of(parts)
+    assert np.allclose(merged(parts).double().numpy(), back, rtol=1e-5, atol=1e-5 * np.abs(back).max())
     error = np.linalg.norm(back - w.numpy()) / np.linalg.norm(w.numpy())
-    assert report.relative_error == pytest.approx(error, rel=1e-4, abs=1e-9)
-    assert error < (0.3 if recipe.weight_bits == 4 else 0.02)
-    if error > 0:
+    assert report.relative_error == pytest.approx(error, rel=1e-3, abs=1e-6)
+    assert error < worst_error(recipe)
+    if error > 1e-5:
         assert report.sqnr_db == pytest.approx(-20 * np.log10(error), rel=1e-3)
     assert report.stored_bits == sum(8 * len(raw) for raw in bytes_of(parts).values())
     assert report.bits_per_weight == pytest.approx(report.stored_bits / w.numel(), rel=1e-5)
@@ -92,13 +110,13 @@ def test_factors_in_8_bit_cost_nothing_because_the_remainder_absorbs_their_round
 
 @each_recipe
 def test_two_runs_and_any_number_of_threads_give_the_same_bytes(recipe):
-    w = heavy_tailed(256, 192)
-    first, report = decompose(w, recipe)
+    w = heavy_tailed(160, 128)
+    first, report = decomposed(w, recipe, contributions=False)
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3):
+        for count in (1, 3):
             torch.set_num_threads(count)
-            again, second_report = decompose(w, recipe)
+            again, second_report = decomposed(w, recipe, contributions=False)
             assert bytes_of(again) == bytes_of(first) and second_report == report
     finally:
         torch.set_num_threads(threads)
@@ -107,10 +125,9 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bytes(recipe):
 @each_recipe
 def test_a_slice_or_transpose_is_read_as_the_matrix_it_shows(recipe):
     w = heavy_tailed(40, 60)
-    assert bytes_of(decompose(w.T, recipe)[0]) == bytes_of(decompose(w.T.contiguous(), recipe)[0])
-    assert bytes_of(decompose(w[::2, 1::3], recipe)[0]) == bytes_of(
-        decompose(w[::2, 1::3].contiguous(), recipe)[0]
-    )
+    for shown in (w.T, w[::2, 1::3]):
+        first, second = (decomposed(v, recipe, contributions=False)[0] for v in (shown, shown.contiguous()))
+        assert bytes_of(first) == bytes_of(second)
 
 
 @each_recipe
@@ -120,14 +137,28 @@ def test_degenerate_weights_give_finite_parts(recipe):
     huge_column[:, 3] *= 1e5
     zero_row[7] = 0
     for w in (rank_one, huge_column, zero_row, torch.zeros(40, 50), torch.full((40, 50), 1e-42)):
-        parts, report = decompose(w, recipe)
+        parts, report = decomposed(w, recipe)
         back = merged(parts)
         assert bool(torch.isfinite(back).all())
-        assert float((back - w).norm()) <= 0.2 * float(w.norm()) + 1e-38
+        assert float((back - w).norm()) <= worst_error(recipe) * float(w.norm()) + 1e-37
         assert 0 <= report.relative_error <= 1
-    assert not merged(decompose(torch.zeros(40, 50), recipe)[0]).any()
-    row = merged(decompose(zero_row, recipe)[0])[7]
-    assert float(row.abs().max()) <= 0.02 * float(zero_row.abs().max())
+    assert not merged(decomposed(torch.zeros(40, 50), recipe)[0]).any()
+    if recipe.remainder and recipe.premul in ("none", "smooth"):
+        row = merged(decomposed(zero_row, recipe)[0])[7]
+        assert float(row.abs().max()) <= 0.02 * float(zero_row.abs().max())
+
+
+@each_recipe
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (17, 23)], ids=str)
+def test_a_layer_in_a_group_gets_the_parts_it_gets_alone(recipe, shape):
+    weights = [heavy_tailed(*shape, seed=seed) * 10.0**seed for seed in range(3)]
+    stats = [any_stats(shape[1], seed) for seed in range(3)] if recipe.needs_calibration else None
+    together = decompose_group(weights, recipe, stats, contributions=False)
+    for i, (parts, _) in enumerate(together):
+        alone, _ = decompose(weights[i], recipe, None if stats is None else stats[i], contributions=False)
+        assert torch.allclose(
+            merged(parts), merged(alone), rtol=1e-3, atol=1e-3 * float(weights[i].abs().max())
+        )
 
 
 @each_recipe
@@ -136,7 +167,7 @@ def test_a_weight_that_is_not_finite_is_refused(recipe, bad):
     w = heavy_tailed(4, 6)
     w[1, 2] = bad
     with pytest.raises(NotFinite):
-        decompose(w, recipe)
+        decomposed(w, recipe)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 4), (4, 0)], ids=str)
@@ -183,3 +214,94 @@ def test_a_report_survives_json_values_and_seconds_are_no_part_of_it():
 def test_a_16_bit_recipe_has_no_codes():
     with pytest.raises(ValueError, match="no integer codes"):
         codes(decompose(heavy_tailed(3, 4), Recipe("plain", 16, 16))[0])
+
+
+@each_recipe
+def test_statistics_that_a_recipe_does_not_need_change_nothing_but_the_report(recipe):
+    if recipe.needs_calibration:
+        with pytest.raises(ValueError, match="needs statistics"):
+            decompose(heavy_tailed(8, 16), recipe)
+        return
+    w = heavy_tailed(24, 32)
+    blind, (seen, report) = decompose(w, recipe)[0], decompose(w, recipe, any_stats(32))
+    assert bytes_of(blind) == bytes_of(seen) and report.output_error is not None
+
+
+def test_a_group_of_different_shapes_or_too_few_statistics_is_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        decompose_group([heavy_tailed(3, 4), heavy_tailed(4, 3)], DEFAULT)
+    with pytest.raises(ValueError, match="2 weights, 1 statistics"):
+        decompose_group([heavy_tailed(3, 4)] * 2, DEFAULT, [any_stats(4)])
+    with pytest.raises(ValueError, match="5 inputs"):
+        decompose(heavy_tailed(3, 4), DEFAULT, any_stats(5))
+
+
+def test_a_recipe_that_differs_by_layer_must_be_resolved_first():
+    mixed = dataclasses.replace(DEFAULT, overrides=(("a", (("rank", 2),)),))
+    with pytest.raises(ValueError, match="for_layer"):
+        decompose(heavy_tailed(3, 4), mixed)
+
+
+def test_the_output_error_is_that_of_the_layer_on_the_calibration_rows():
+    w, stats = heavy_tailed(24, 32), any_stats(32)
+    recipe = Recipe("static", 4, 4, act_scale="static", act_bins=3, calibration="uniform")
+    parts, report = decompose(w, recipe, stats)
+    layer = QuantLinear.from_parts(parts, None, recipe)
+    lost = total = 0.0
+    for x, t in zip(stats.sample, stats.time, strict=True):
+        set_time(layer, t[None])
+        wanted = w.double() @ x.double()
+        lost, total = lost + float((layer(x) - wanted).square().sum()), total + float(wanted.square().sum())
+    assert report.output_error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
+    assert int(stats.time.min()) >= 1 and int(stats.time.max()) <= T
+
+
+def test_the_report_says_what_the_outlier_branch_of_the_input_buys():
+    _, report = decompose(heavy_tailed(64, 64), DEFAULT, any_stats(64))
+    assert report.output_error < report.output_error_without_outliers
+    assert report.output_error_without_low_rank is not None and report.output_error_without_sparse is not None
+    plain = decompose(heavy_tailed(64, 64), get_recipe("rtn-w4a4"), any_stats(64))[1]
+    assert plain.output_error_without_outliers is None and plain.error_dense is None
+
+
+def test_a_low_rank_part_in_the_metric_of_the_output_has_the_least_output_error():
+    w, stats = heavy_tailed(48, 40), any_stats(40)
+    errors = {}
+    for metric in ("weight", "output"):
+        recipe = Recipe("r", 8, 16, rank=8, solver="svd").changed(low_rank_metric=metric, factor_bits=16)
+        product = low_rank(decompose(w, recipe, stats, contributions=False)[0])
+        rows = stats.sample.double()
+        errors[metric] = float((rows @ (w - product).double().T).norm())
+    singular = np.linalg.svd(stats.sample.double().numpy() @ w.double().numpy().T, compute_uv=False)
+    best = np.sqrt(np.square(singular[8:]).sum())  # no rank-8 product has a smaller one
+    assert best <= errors["output"] * (1 + 1e-6) and errors["output"] <= 1.03 * best < 0.9 * errors["weight"]
+
+
+@pytest.mark.parametrize("choice", ["residual", "magnitude", "sensitivity", "salient"])
+def test_every_choice_of_sparse_entries_obeys_alpha_by_row_and_column(choice):
+    w = heavy_tailed(50, 70)
+    w[3] *= 30
+    w[:, 5] *= 30
+    recipe = Recipe("s", 4, 4, alpha=0.04, rank=2).changed(sparse_choice=choice)
+    s = sparse_part(decompose(w, recipe, any_stats(70))[0])
+    assert 0 < s.sum(axis=1).max() <= budget(0.04, 70) and s.sum(axis=0).max() <= budget(0.04, 50)
+
+
+@each_recipe
+def test_alpha_bounds_the_sparse_part_of_every_recipe(recipe):
+    parts, _ = decomposed(heavy_tailed(60, 90), recipe, contributions=False)
+    if parts.sparse_index is not None:
+        s = sparse_part(parts)
+        assert s.sum(axis=1).max() <= budget(recipe.alpha, 90) and s.sum(axis=0).max() <= budget(
+            recipe.alpha, 60
+        )
+
+
+def test_columns_are_those_with_the_largest_inputs_or_weights_and_hold_the_weight():
+    w, stats = heavy_tailed(20, 30), any_stats(30)
+    for choice, size in (("activation", stats.absmax), ("weight", w.abs().amax(dim=0))):
+        recipe = Recipe("c", 4, 4).changed(columns=4, column_choice=choice)
+        parts, report = decompose(w, recipe, stats)
+        chosen = parts.column_index.numpy()
+        assert report.columns == 4 and set(chosen) == set(np.argsort(-size.numpy())[:4])
+        assert torch.equal(parts.column_value, w[:, chosen].bfloat16()) and not codes(parts)[:, chosen].any()

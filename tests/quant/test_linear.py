@@ -18,15 +18,14 @@ from bitdgdm.quant.linear import QuantLinear, set_time
 from bitdgdm.quant.parts import merged
 from bitdgdm.quant.product import exact_product
 from bitdgdm.quant.recipe import Recipe
-from bitdgdm.quant.recipe_book import get_recipe, recipes
-from bitdgdm.quant.stats import stats_of_rows
+from bitdgdm.quant.recipe_book import get_recipe
 from tests.quant.plain_linear import expected
+from tests.quant.samples import T, any_stats, layer_recipes, needed
 
-T = 50
 DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")
 PLAIN = Recipe("plain", 4, 4)
 VARIANTS = (
-    *recipes(),
+    *layer_recipes(),
     DEFAULT.changed(name="16-bit factors", factor_bits=16),
     DEFAULT.changed(name="4-bit factors", factor_bits=4),
     DEFAULT.changed(name="no factors", rank=0),
@@ -69,17 +68,9 @@ assert len({r.name for r in VARIANTS}) == len(VARIANTS)
 each_recipe = pytest.mark.parametrize("recipe", VARIANTS, ids=lambda recipe: recipe.name)
 
 
-def any_stats(width, seed=0):
-    rng = np.random.default_rng(seed)
-    time = torch.from_numpy(rng.integers(1, T + 1, 64))
-    sample = rng.standard_t(3, (64, width)) * rng.uniform(0.2, 3, width) * (1 + time.numpy()[:, None] / T)
-    return stats_of_rows(torch.from_numpy(sample), time, T)
-
-
 def decomposed(w, recipe, seed=0):
     """Parts of any weight; rows of statistics where the recipe needs them."""
-    stats = any_stats(w.shape[1], seed) if recipe.needs_calibration else None
-    return decompose(w, recipe, stats, contributions=False)[0]
+    return decompose(w, recipe, needed(recipe, w.shape[1], seed), contributions=False)[0]
 
 
 def made(w, recipe, bias=None, tau=None):
@@ -318,7 +309,7 @@ def test_a_gpu_gives_the_same_output_also_replayed_from_a_graph(recipe):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", layer_recipes(), ids=lambda recipe: recipe.name)
 def test_a_gpu_decomposes_as_well_as_a_cpu(recipe):
     w = torch.from_numpy(np.random.default_rng(0).standard_t(4, (96, 160)).astype(np.float32))
     (here, report), (there, report_there) = (decompose(v, recipe, any_stats(160)) for v in (w, w.cuda()))
