@@ -1,10 +1,13 @@
-"""How long does it take to decompose a network, with how much memory, and how close are the parts?
+"""How long does it take to decompose a network, with how much memory, and are CPU and GPU of one mind?
 
-Every layer Linear of the shipped QM9 network, the seven that feed nothing included (198 as in the paper). The recipes
-take turns; workers are processes of one thread each, started beforehand. Memory is the peak of a fresh process that
-decomposes everything on its own. Example:
+The Linears of the shipped QM9 network that feed an output, in the groups that `bitdgdm quantize` makes. On a CPU,
+workers are processes of one thread each, started beforehand; with --device cuda one process does all groups, and
+every layer is compared with the same layer decomposed on the CPU. Memory is the peak of a fresh process that does
+everything on its own (of PyTorch's allocator on a GPU). Inputs for recipes that need them are seen once, timed apart.
+The solvers are timed too, without any rounding. Examples:
 
     python benchmarks/decompose.py --workers 1 2 --runs 5
+    python benchmarks/decompose.py --device cuda
 """
 
 import argparse
@@ -13,46 +16,152 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 from rows import keep, row
 
-from bitdgdm.models.digress import dead, layer_linears
-from bitdgdm.models.source import load_source
-from bitdgdm.quant.decompose import decompose
+from bitdgdm.models.calibrate import calibrate
+from bitdgdm.models.digress import quantizable
+from bitdgdm.models.source import SourceModel, load_source
+from bitdgdm.pipelines.layer_groups import LayerGroup, layer_groups
+from bitdgdm.quant.decompose import decompose_group
 from bitdgdm.quant.layer_report import LayerReport
+from bitdgdm.quant.low_rank import SOLVERS
+from bitdgdm.quant.parts import LinearParts, merged
+from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import get_recipe, recipes
+from bitdgdm.quant.stats import LayerStats
 
 QUESTION = "decompose"
 PUBLISHED = "published: 816 s and 2.1 GB for DiGress QM9, hardware not named"
+RANK, ALPHA = 16, 0.01  # of the solvers' own rows
+
+Found = dict[str, tuple[LinearParts, LayerReport]]
+Stats = dict[str, LayerStats]
 
 
 @cache
-def weights() -> dict[str, torch.Tensor]:
-    """The layer Linears of the shipped network, largest first (so that the workers end together)."""
-    source = load_source("builtin:digress-qm9")
-    found = {name: source.weights[f"{name}.weight"].float() for name in layer_linears(source.config)}
-    return dict(sorted(found.items(), key=lambda item: -item[1].numel()))
+def model() -> SourceModel:
+    return load_source("builtin:digress-qm9")
+
+
+@cache
+def weights(device: str) -> dict[str, torch.Tensor]:
+    names = quantizable(model().config)
+    return {name: model().weights[f"{name}.weight"].float().to(device) for name in names}
 
 
 def one_thread() -> None:
     torch.set_num_threads(1)
-    weights()
+    weights("cpu")
 
 
-def one_layer(name: str, recipe: str) -> tuple[str, LayerReport]:
-    return name, decompose(weights()[name], get_recipe(recipe))[1]
+def one_group(group: LayerGroup, stats: list[LayerStats] | None, device: str = "cpu") -> Found:
+    found = decompose_group([weights(device)[name] for name in group.names], group.recipe, stats)
+    return dict(zip(group.names, found, strict=True))
 
 
-def all_layers(recipe: str, pool: ProcessPoolExecutor) -> tuple[float, dict[str, LayerReport]]:
-    """Return (wall seconds, report by name)."""
-    names = list(weights())
+def work(recipe: Recipe, stats: Stats) -> list[tuple[LayerGroup, list[LayerStats] | None]]:
+    return [
+        (g, [stats[name] for name in g.names] if g.recipe.needs_calibration else None)
+        for g in layer_groups(weights("cpu"), recipe)
+    ]
+
+
+def in_pool(recipe: Recipe, stats: Stats, pool: ProcessPoolExecutor) -> Found:
+    done: Found = {}
+    for found in pool.map(one_group, *zip(*work(recipe, stats), strict=True)):
+        done |= found
+    return done
+
+
+def here(recipe: Recipe, stats: Stats, device: str) -> Found:
+    done: Found = {}
+    for group, seen in work(recipe, stats):
+        done |= one_group(group, seen, device)
+    return done
+
+
+def inputs(choice: str, device: str) -> Stats:
+    return calibrate(model(), quantizable(model().config), choice=choice, device=device)
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall seconds, with what a GPU still has to do, and the result."""
     began = time.perf_counter()
-    reports = dict(pool.map(one_layer, names, [recipe] * len(names), chunksize=2))
-    return time.perf_counter() - began, reports
+    result = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def solver_rows(device: str, runs: int) -> list[dict[str, Any]]:
+    """Seconds of each solver over all layers, in the same groups, and what it leaves."""
+    rows = []
+    plain = get_recipe("rtn-w8a8")
+    batches = [
+        torch.stack([weights(device)[n] for n in g.names]) for g in layer_groups(weights("cpu"), plain)
+    ]
+    for name, solve in SOLVERS.items():
+
+        def all_groups(solve: Callable[..., Any] = solve) -> list[Any]:
+            return [solve(w, RANK, ALPHA) for w in batches]
+
+        seconds = []
+        for _ in range(runs):
+            took, found = timed(all_groups)
+            seconds.append(took)
+        left = [
+            float(one)
+            for w, f in zip(batches, found, strict=True)
+            for one in (w - f.left @ f.right.mT - f.sparse).flatten(1).norm(dim=1) / w.flatten(1).norm(dim=1)
+        ]
+        where = "one GPU" if device == "cuda" else f"{torch.get_num_threads()} thread"
+        case = f"solver {name}, rank {RANK}, alpha {ALPHA:.0%}, {len(left)} Linears, {where}"
+        rows.append(row(QUESTION, case, "wall time", seconds, "s"))
+        rows.append(
+            row(QUESTION, case, "left without a remainder", statistics.median(left), "", n=len(left),
+                spread=f"worst {max(left):.4f}")
+        )  # fmt: skip
+    return rows
+
+
+def quality_rows(name: str, found: Found) -> list[dict[str, Any]]:
+    reports = [report for _, report in found.values()]
+    case = f"{name}, {len(reports)} Linears"
+    errors = [report.relative_error for report in reports]
+    stored = sum(r.stored_bits for r in reports) / sum(r.shape[0] * r.shape[1] for r in reports)
+    spread = f"worst {max(errors):.4f}"
+    return [
+        row(QUESTION, case, "bits a weight", stored, "bit"),
+        row(QUESTION, case, "relative error", statistics.median(errors), "", n=len(errors), spread=spread),
+    ]
+
+
+def equality_rows(name: str, here: Found, there: Found) -> list[dict[str, Any]]:
+    """How many layers have the same bytes on both processors, and how far apart the others are."""
+    equal, far = 0, [0.0]
+    for layer, (parts, _) in here.items():
+        other = there[layer][0].tensors()
+        same = parts.tensors().keys() == other.keys() and all(
+            t.shape == other[k].shape and torch.equal(t.view(torch.uint8), other[k].view(torch.uint8))
+            for k, t in parts.tensors().items()
+        )
+        equal += same
+        if not same:
+            a, b = merged(parts), merged(there[layer][0])
+            far.append(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
+    case = f"{name}, {len(here)} Linears, GPU against CPU"
+    note = "of the largest weight of the layer"
+    return [
+        row(QUESTION, case, "layers of equal bytes", float(equal), "layers", n=len(here)),
+        row(QUESTION, case, "largest difference of a weight", max(far), "", n=len(here), spread=note),
+    ]
 
 
 def peak_gb(recipe: str) -> float:
@@ -61,35 +170,61 @@ def peak_gb(recipe: str) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def measure(names: list[str], workers: list[int], runs: int) -> list[dict]:
+def seen_inputs(names: Sequence[str], device: str) -> tuple[dict[str, Stats], list[dict[str, Any]]]:
+    """Statistics by choice of times, for those that some recipe asks for, and the rows of their cost."""
+    found: dict[str, Stats] = {"none": {}}
     rows = []
-    unused = set(dead(load_source("builtin:digress-qm9").config))
+    for choice in sorted({get_recipe(name).calibration for name in names} - {"none"}):
+        took, found[choice] = timed(lambda c=choice: inputs(c, device))
+        rows.append(
+            row(QUESTION, f"inputs of {len(found[choice])} Linears, times {choice}", "wall time", took, "s")
+        )
+    return found, rows
+
+
+def on_cpu(names: list[str], workers: list[int], runs: int) -> list[dict[str, Any]]:
+    one_thread()
+    stats, rows = seen_inputs(names, "cpu")
+    found: dict[str, Found] = {}
     for count in workers:
+        seconds: dict[str, list[float]] = {name: [] for name in names}
         with ProcessPoolExecutor(count, get_context("spawn"), one_thread) as pool:
-            list(
-                pool.map(one_layer, list(weights())[: 4 * count], ["rtn-w8a8"] * 4 * count)
-            )  # start and warm up
-            seconds: dict[str, list[float]] = {name: [] for name in names}
-            reports: dict[str, dict[str, LayerReport]] = {}
-            for _ in range(runs):
+            in_pool(get_recipe("rtn-w8a8"), {}, pool)  # start and warm up
+            for turn in range(runs):
                 for name in names:
-                    took, reports[name] = all_layers(name, pool)
+                    recipe = get_recipe(name)
+                    if turn and recipe.needs_calibration:
+                        continue  # minutes each
+                    took, found[name] = timed(lambda r=recipe: in_pool(r, stats[r.calibration], pool))
                     seconds[name].append(took)
         for name in names:
-            case = f"{name}, {len(reports[name])} Linears, {count} worker{'s' * (count > 1)}"
+            case = f"{name}, {len(found[name])} Linears, {count} worker{'s' * (count > 1)}"
             rows.append(row(QUESTION, case, "wall time", seconds[name], "s", baseline=PUBLISHED))
     for name in names:
-        live = [report for layer, report in reports[name].items() if layer not in unused]
-        case = f"{name}, {len(live)} Linears that feed an output"
-        errors = [report.relative_error for report in live]
-        stored = sum(report.stored_bits for report in live) / sum(r.shape[0] * r.shape[1] for r in live)
-        rows.append(row(QUESTION, case, "bits a weight", stored, "bit"))
-        rows.append(
-            row(QUESTION, case, "relative error", statistics.median(errors), "", n=len(live),
-                spread=f"worst {max(errors):.4f}")
-        )  # fmt: skip
-        case = f"{name}, {len(weights())} Linears, 1 worker"
-        rows.append(row(QUESTION, case, "peak memory", peak_gb(name), "GB", baseline=PUBLISHED))
+        rows += quality_rows(name, found[name])
+        if not get_recipe(name).needs_calibration:
+            case = f"{name}, {len(found[name])} Linears, 1 worker"
+            rows.append(row(QUESTION, case, "peak memory", peak_gb(name), "GB", baseline=PUBLISHED))
+    return rows
+
+
+def on_gpu(names: list[str], runs: int) -> list[dict[str, Any]]:
+    stats, rows = seen_inputs(names, "cuda")
+    here(get_recipe("bitdgdm-w4a4-r16-s1"), {}, "cuda")  # start and warm up
+    for name in names:
+        recipe = get_recipe(name)
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(1 if recipe.needs_calibration else runs):
+            took, found = timed(lambda r=recipe: here(r, stats[r.calibration], "cuda"))
+            seconds.append(took)
+        case = f"{name}, {len(found)} Linears, one GPU"
+        rows.append(row(QUESTION, case, "wall time", seconds, "s", baseline=PUBLISHED))
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        rows.append(row(QUESTION, case, "peak memory", peak, "GB", baseline=PUBLISHED))
+        rows += quality_rows(name, found)
+        if not recipe.needs_calibration:
+            rows += equality_rows(name, found, here(recipe, {}, "cpu"))
     return rows
 
 
@@ -98,18 +233,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = [recipe.name for recipe in recipes() if recipe.weight_quantized]
-    parser.add_argument("--recipes", nargs="+", default=known, choices=known)
-    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--recipes", nargs="*", default=known, choices=known, metavar="NAME")
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="CPU processes")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="of recipes without calibration; the others run once"
+    )
+    parser.add_argument("--no-solvers", action="store_true", help="leave out the solvers' own rows")
     parser.add_argument("--alone", choices=known, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.alone:
         one_thread()
-        for name in weights():
-            one_layer(name, a.alone)
+        here(get_recipe(a.alone), {}, "cpu")
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
         return
-    print(keep(QUESTION, measure(a.recipes, a.workers, a.runs)))
+    if a.device == "cpu" and torch.cuda.is_available():
+        parser.error("rows would carry the name of the GPU; hide it: CUDA_VISIBLE_DEVICES= python ...")
+    rows = on_gpu(a.recipes, a.runs) if a.device == "cuda" else on_cpu(a.recipes, a.workers, a.runs)
+    if not a.no_solvers:
+        if a.device == "cpu":
+            one_thread()
+        rows += solver_rows(a.device, a.runs)
+    print(keep(QUESTION, rows))
 
 
 if __name__ == "__main__":

@@ -1,36 +1,32 @@
 """`bitdgdm quantize`: a source model becomes a quantized artifact, in a file and in the registry.
 
-Guarantees: the artifact is a function of (source weights, recipe, code) only, whatever the number of workers;
-nothing is registered unless the whole artifact was written and read back.
-Knows nothing of: how a layer is decomposed (quant/), how a network is built (models/).
+Guarantees: the artifact is a function of (source weights, recipe, code) only, whatever the number of workers and
+however often it was stopped; nothing is registered unless the whole artifact was written and read back.
+Knows nothing of: how layers are decomposed (decompose_network.py, quant/), how a network is built (models/).
 """
 
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from bitdgdm.infra import registry
-from bitdgdm.infra.errors import BadInput, BitDGDMError, LayerFailed
+from bitdgdm.infra.errors import BadInput
 from bitdgdm.infra.registry import ModelVersion
 from bitdgdm.infra.version import code_version
 from bitdgdm.models.digress import dead, live_weights, quantizable, thresholds
 from bitdgdm.models.engine import load_engine
 from bitdgdm.models.source import SourceModel, load_source
+from bitdgdm.pipelines.decompose_network import decompose_network
+from bitdgdm.pipelines.finished_layers import FinishedLayers, Parts
 from bitdgdm.pipelines.model_files import MODEL_FILE, is_source_file, locate
-from bitdgdm.pipelines.progress import ProgressBar
 from bitdgdm.quant.artifact import ArtifactHeader, load_artifact, save_artifact
-from bitdgdm.quant.layer_report import LayerReport
-from bitdgdm.quant.parts import LinearParts
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import get_recipe
-from bitdgdm.tasks.decompose_layer import decompose_layer
-
-Parts = tuple[LinearParts, LayerReport]
 
 
 @dataclass(frozen=True)
@@ -67,11 +63,15 @@ def quantize(
         raise BadInput("an alias needs a registered name. Add --register NAME")
     resolved, source = _open_source(uri)
     names = quantizable(source.config)
-    parts = _decompose_all(source, names, recipe, executor, workers, quiet)
+    finished = FinishedLayers(source, recipe)
+    parts = decompose_network(
+        source, names, recipe, finished, executor=executor, workers=workers, quiet=quiet
+    )
     with tempfile.TemporaryDirectory(prefix="bitdgdm-") as folder:
         path = out or Path(folder) / MODEL_FILE
         made = _assemble(resolved, source, recipe, parts, path)
         version = _register(register, path, made, aliases) if register else None
+    finished.clear()
     kept_at = str(out) if out else version.uri if version else ""
     return replace(made, path=kept_at, seconds=time.monotonic() - started, version=version)
 
@@ -85,63 +85,10 @@ def _open_source(uri: str) -> tuple[str, SourceModel]:
     return resolved, load_source(str(path))
 
 
-def _decompose_all(
-    source: SourceModel, names: Sequence[str], recipe: Recipe, executor: str, workers: int | None, quiet: bool
-) -> dict[str, Parts]:
-    weights = {name: source.weights[f"{name}.weight"] for name in names}
-    run = _decompose_local if executor == "local" else _decompose_on_ray
-    with ProgressBar(f"{source.name} {recipe.name}", len(names), "layers", quiet=quiet) as bar:
-        found: dict[str, Parts] = {}
-        for name, parts in run(weights, recipe, workers):
-            found[name] = parts
-            bar.update(len(found))
-    return {name: found[name] for name in names}  # the order of the network, not of arrival
-
-
-def _decompose_local(
-    weights: dict[str, Tensor], recipe: Recipe, workers: int | None
-) -> Iterator[tuple[str, Parts]]:
-    for name, weight in weights.items():
-        yield name, decompose_layer(weight, recipe)
-
-
-def _decompose_on_ray(
-    weights: dict[str, Tensor], recipe: Recipe, workers: int | None
-) -> Iterator[tuple[str, Parts]]:
-    """Yield (name, parts) as layers finish: one task a Linear, on a quarter of a GPU each when there are GPUs."""
-    import ray
-
-    from bitdgdm.pipelines.ray_run import cluster
-    from bitdgdm.tasks.decompose_layer import decompose_task
-
-    with cluster() as c:
-        claim = {"num_gpus": 0.25, "num_cpus": 0.5} if c.gpus else {"num_cpus": 1}
-        most = workers or (4 * c.gpus if c.gpus else c.cpus)
-        task = decompose_task.options(**claim)
-        queue = iter(weights.items())
-        pending: dict[ray.ObjectRef, str] = {}
-        while True:
-            while len(pending) < 2 * most and (item := next(queue, None)):
-                pending[task.remote(item[1], recipe)] = item[0]
-            if not pending:
-                return
-            ready, _ = ray.wait(list(pending), num_returns=1)
-            for ref in ready:
-                name = pending.pop(ref)
-                try:
-                    yield name, ray.get(ref)
-                except ray.exceptions.RayTaskError as e:
-                    if isinstance(e.cause, BitDGDMError):
-                        raise e.cause from e
-                    raise LayerFailed(name, f"{type(e.cause).__name__}: {e.cause}") from e
-                except ray.exceptions.RayError as e:
-                    raise LayerFailed(name, f"its worker died, also on retries ({type(e).__name__})") from e
-
-
 def _assemble(
     uri: str, source: SourceModel, recipe: Recipe, parts: dict[str, Parts], path: Path
 ) -> Quantized:
-    taus = thresholds(source.weights, source.config, recipe.outlier_sigma) if recipe.outlier_sigma else {}
+    taus = _thresholds(source, recipe, parts)
     layers = {name: (p, source.weights.get(f"{name}.bias"), taus.get(name)) for name, (p, _) in parts.items()}
     reports = {name: report for name, (_, report) in parts.items()}
     dropped = dead(source.config)
@@ -162,6 +109,15 @@ def _assemble(
         bits_per_weight=header.bits_per_weight, source_bytes=sum(2 * w.numel() for w in source.weights.values()),
         artifact_bytes=path.stat().st_size, worst_layer=worst, worst_error=reports[worst].relative_error, seconds=0.0,
     )  # fmt: skip
+
+
+def _thresholds(source: SourceModel, recipe: Recipe, names: Iterable[str]) -> dict[str, Tensor]:
+    """tau of the layers that have a closed form, each for its own k."""
+    sigmas = {name: recipe.for_layer(name).outlier_sigma for name in names}
+    by_sigma = {
+        k: thresholds(source.weights, source.config, k) for k in set(sigmas.values()) if k is not None
+    }
+    return {name: by_sigma[k][name] for name, k in sigmas.items() if k is not None and name in by_sigma[k]}
 
 
 def _register(name: str, path: Path, made: Quantized, aliases: Sequence[str]) -> ModelVersion:
