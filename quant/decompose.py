@@ -6,7 +6,8 @@ fitted to what it leaves, so a coarse factor costs a slightly larger remainder a
 Knows nothing of: which model the weights are from, where the result is stored.
 
 Order: W' = W T^-1; columns and, where it is chosen by W' alone, S; L R^T of the rest; the column block; S of what is
-left; D of what is left then; the ranges of a static activation table on the inputs that D meets.
+left; D of what is left then; the ranges of a static activation table on the inputs that D meets. With the metric
+"input", L R^T belongs to directions of the inputs, which D doesn't meet, and nothing is taken from W'.
 """
 
 import time
@@ -21,8 +22,8 @@ from bitdgdm.quant import rotate
 from bitdgdm.quant.choices import kept_channels, sparse_mask
 from bitdgdm.quant.inputs import Inputs, inputs_of
 from bitdgdm.quant.layer_report import LayerReport, output_error, report, weight_error
-from bitdgdm.quant.low_rank import split, store_factors
-from bitdgdm.quant.parts import LinearParts, dense, index_dtype, low_rank, narrow, parts_of
+from bitdgdm.quant.low_rank import principal, split, store_factors
+from bitdgdm.quant.parts import LinearParts, dense, factors, index_dtype, low_rank, narrow, parts_of
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.remainder import round_remainder
 from bitdgdm.quant.robust_pca import keep_largest
@@ -114,7 +115,10 @@ def _split(w: Tensor, recipe: Recipe, seen: Inputs | None) -> tuple[list[LinearP
     if recipe.sparse_choice != "residual":
         mask = sparse_mask(w * keep, recipe, seen)
     rest, steps = w, [0] * len(w)
-    if recipe.rank:
+    if recipe.low_rank_metric == "input":
+        assert seen is not None
+        seen = _deflated(w, recipe, seen, stored)
+    elif recipe.rank:
         found = split(torch.where(mask, 0.0, w) * keep, recipe, None if seen is None else seen.moment)
         steps = found.steps.tolist()
         for i, s in enumerate(stored):
@@ -163,6 +167,18 @@ def _transformed(
         transforms.append(transform_of(recipe.premul, w.shape[2], *tables).to(w.device))
     changed = torch.stack([into(m, t) for m, t in zip(w, transforms, strict=True)])
     return changed, None if seen is None else seen.transformed(transforms)
+
+
+def _deflated(w: Tensor, recipe: Recipe, seen: Inputs, stored: list[Stored]) -> Inputs:
+    """The inputs without their principal directions R; R and L = W' R, R in its stored form, go to `stored`."""
+    bases = []
+    for m, directions, s in zip(w, principal(seen.moment, recipe.rank), stored, strict=True):
+        s |= store_factors(m @ directions, directions, recipe.factor_bits)
+        both = factors(LinearParts(_shape(w), **s))
+        assert both is not None
+        s |= store_factors(m @ both[1], directions, recipe.factor_bits)
+        bases.append(both[1])
+    return seen.deflated(bases)
 
 
 def _store_sparse(rest: Tensor, chosen: Tensor, parts: LinearParts) -> Stored:

@@ -36,6 +36,17 @@ class Inputs:
         absmax = tuple(x.abs().amax(dim=0) for x in samples)
         return dataclasses.replace(self, moment=torch.stack(moments), samples=samples, absmax=absmax)
 
+    def deflated(self, bases: Sequence[Tensor]) -> "Inputs":
+        """Of x'' = x' - R R^T x'. bases: R, float32[in, R] of each layer."""
+        moments = []
+        for c, r in zip(self.moment, bases, strict=True):
+            wide = r.double()
+            c = c - wide @ (wide.mT @ c)
+            moments.append(c - (c @ wide) @ wide.mT)
+        samples = tuple(x - (x @ r) @ r.mT for x, r in zip(self.samples, bases, strict=True))
+        absmax = tuple(x.abs().amax(dim=0) for x in samples)
+        return dataclasses.replace(self, moment=torch.stack(moments), samples=samples, absmax=absmax)
+
     def hiding(self, keep: Tensor) -> "Inputs":
         """With some channels zero. keep: 0 or 1 per channel, float32[B, 1, in]."""
         wide = keep.double()

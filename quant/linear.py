@@ -6,6 +6,7 @@ on the input's shape only: no host synchronisation, CUDA-graph safe. NaN and inf
 token's output NaN (or infinite) and no other's. Inference only.
 Knows nothing of: where the parts came from; kernels that compute the same formula faster.
 
+With the metric "input" a layer has y = s_w s_x (Q(x''_D) codes^T) + x''_S D^T + z L^T + b, z = R^T x', x'' = x' - R z.
 x_C are the channels of the column block, x_D + x_S the others, x_S their outliers; Q and its scale s_x are written in
 activations.py. Without a remainder D the first two terms are (s_x Q(x_D) R + x_S R) L^T, R in its stored form; a
 recipe without the cross product takes x_D in place of x' in the product with S.
@@ -30,7 +31,7 @@ class QuantLinear(nn.Module):
 
     Buffers: `codes` (integers, or e4m3 values, as float32[out, in]; [R, in] without a remainder) and `scale` float32[out]
     (or [out, groups], or [R]), or `weight` where nothing is rounded at run time; `up` = L float32[out, R] without a
-    remainder; `side` float32[out, in], what is multiplied by all of x' (L R^T + S, or one of them), `sparse` = S where
+    remainder; `basis` = R float32[in, R] and `basis_up` = L float32[out, R] of the metric "input"; `side` float32[out, in], what is multiplied by all of x' (L R^T + S, or one of them), `sparse` = S where
     only inliers meet it; `columns` int64[c] and `column_value` float32[out, c], `inner_channels` float32[in] 0 there, else 1; `bias` float32[out]; `tau` float32[in];
     `low`, `high` float32[bins], `bin_of_t` int64[T + 1] and `time_bin` int64[1] of a static table; `factor`,
     `permutation`, `blocks` of the transform. Unused ones are None.
@@ -40,6 +41,8 @@ class QuantLinear(nn.Module):
     scale: Tensor | None
     weight: Tensor | None
     up: Tensor | None
+    basis: Tensor | None
+    basis_up: Tensor | None
     side: Tensor | None
     sparse: Tensor | None
     columns: Tensor | None
@@ -96,12 +99,17 @@ class QuantLinear(nn.Module):
 
     def _rounded(self, x: Tensor) -> Tensor:
         x = forward(x, Transform(self.recipe.premul, self.factor, self.permutation, self.blocks))
+        z = None if self.basis is None else x @ self.basis
+        if z is not None and self.basis is not None:
+            x = torch.addmm(x, z, self.basis.T, alpha=-1)
         inner = x if self.inner_channels is None else x * self.inner_channels
         inliers, outliers = split_outliers(inner, self.recipe, self.tau)
         q, s = quantize(inliers, self.recipe, *self._range())
         y = self._main(q, s, outliers)
         if self.up is not None:
             y = F.linear(y, self.up)
+        if z is not None and self.basis_up is not None:
+            y.addmm_(z, self.basis_up.T)
         if self.side is not None:
             y.addmm_(x, self.side.T)
         if self.sparse is not None:
@@ -180,6 +188,10 @@ def _run_time(parts: LinearParts, recipe: Recipe) -> dict[str, Tensor | None]:
         found["codes"] = codes(parts).float()
         found["scale"] = None if parts.scale is None else parts.scale.float()
         found["side"] = side(parts) if recipe.cross_product else low_rank(parts)
+        if parts.deflated:
+            both = factors(parts)
+            assert both is not None
+            found |= {"basis_up": both[0], "basis": both[1], "side": None}
     else:
         both = factors(parts)
         assert both is not None and parts.proj_down is not None
@@ -199,7 +211,9 @@ def _run_time(parts: LinearParts, recipe: Recipe) -> dict[str, Tensor | None]:
 
 
 def _inner_tau(tau: Tensor, recipe: Recipe, factor: Tensor | None) -> Tensor | None:
-    """Thresholds of |x'|; None where the transform mixes channels."""
+    """Thresholds of |x'|; None where the transform or the metric "input" mixes channels."""
+    if recipe.low_rank_metric == "input":
+        return None
     if recipe.premul == "smooth" and factor is not None:
         return tau * factor
     return tau if recipe.premul == "none" else None

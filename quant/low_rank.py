@@ -64,6 +64,16 @@ def split(w: Tensor, recipe: Recipe, moment: Tensor | None) -> LowRankSparse:
     return LowRankSparse(left, right, sparse, torch.zeros(len(w), dtype=torch.int64, device=w.device))
 
 
+def principal(moment: Tensor, rank: int) -> Tensor:
+    """The directions that hold most of the inputs' energy: orthonormal float32[B, in, R].
+
+    moment: float64[B, in, in]. The sign of a direction is that of its largest entry, the first of equal ones.
+    """
+    vectors = torch.linalg.eigh(moment).eigenvectors.flip(-1)[..., :rank]
+    largest = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
+    return (vectors * torch.where(largest < 0, -1.0, 1.0)).float().contiguous()
+
+
 def store_factors(left: Tensor, right: Tensor, bits: int) -> dict[str, Tensor]:
     """The stored form of L [out, R] and R [in, R], as in LinearParts."""
     if bits == 16:

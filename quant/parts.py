@@ -16,7 +16,7 @@ from bitdgdm.quant.packing import unpack
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.transform import back, transform_of
 
-PLAIN = ("shape", "bits", "group", "premul")
+PLAIN = ("shape", "bits", "group", "premul", "deflated")
 """The fields of LinearParts that are no tensors."""
 
 
@@ -25,6 +25,7 @@ class LinearParts:
     """One weight W[out, in] = W' T with W' ~ D + L R^T + S + C; parts a recipe doesn't use are None.
 
     bits: of a code in `qweight`; group: inputs that share a scale, 0 for all of a row. premul: the kind of T.
+    deflated: D meets x' - R R^T x' instead of x', so that W' ~ D (I - R R^T) + L R^T.
     qweight: D. Codes of 1, 3, 4 or 6 bits: packed uint8 (packing.py); of 8: int8[out, in] or float8_e4m3fn[out, in];
     not quantized: float[out, in]; None if D is left out.
     scale: bfloat16[out] or [out, groups], D = codes * scale; None for a float qweight and for a codebook.
@@ -59,6 +60,7 @@ class LinearParts:
     bits: int = 4
     group: int = 0
     premul: str = "none"
+    deflated: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """The parts that are there, by name."""
@@ -84,9 +86,10 @@ def _unpickled(plain: dict[str, Any], data: bytes) -> LinearParts:
 
 def parts_of(shape: tuple[int, int], tensors: dict[str, Any], recipe: Recipe) -> LinearParts:
     """Tensors by name as a recipe (of one layer) stores them."""
+    deflated = recipe.low_rank_metric == "input"
     return LinearParts(
-        shape, **tensors, bits=recipe.weight_bits, group=recipe.weight_group, premul=recipe.premul
-    )
+        shape, **tensors, bits=recipe.weight_bits, group=recipe.weight_group, premul=recipe.premul, deflated=deflated
+    )  # fmt: skip
 
 
 def codes(parts: LinearParts) -> Tensor:
@@ -166,8 +169,11 @@ def side(parts: LinearParts) -> Tensor | None:
 
 
 def transformed(parts: LinearParts) -> Tensor:
-    """W' = D + L R^T + S + C as float32[out, in]."""
+    """W' = D + L R^T + S + C (D (I - R R^T) for D if deflated) as float32[out, in]."""
     w, b = dense(parts), side(parts)
+    found = factors(parts) if parts.deflated else None
+    if found is not None:
+        w = w - (w @ found[1]) @ found[1].mT
     w = w if b is None else w + b
     if parts.column_index is not None and parts.column_value is not None:
         w = w.index_add(1, parts.column_index.to(torch.int64), parts.column_value.float())

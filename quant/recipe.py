@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_format": ("int", "fp8", "codebook", "binary"),
     "rounding": ("nearest", "gptq", "adaround"),
     "solver": ("scaledgd", "altproj", "lrpca", "lrpca-trained", "pcp", "outlier-pursuit", "svd"),
-    "low_rank_metric": ("weight", "output"),
+    "low_rank_metric": ("weight", "output", "input"),
     "sparse_choice": ("residual", "magnitude", "sensitivity", "salient"),
     "column_choice": ("activation", "weight"),
     "premul": ("none", "smooth", "hadamard", "duquant"),
@@ -57,6 +57,8 @@ class Recipe:
     rounding: how D is rounded: to "nearest", or with the output's error in view ("gptq", "adaround").
     remainder: False leaves D out: Q(x_D) Q(R) Q(L)^T + x_S R L^T + x' S^T, the literal reading of the published method.
     solver: finds L R^T and S. low_rank_metric: "weight" makes ||W' - L R^T|| small, "output" the error of the output.
+    "input" takes the principal directions R of the inputs out of what is rounded: with z = R^T x' and x'' = x' - R z,
+    y = Q(x''_D) D^T + x''_S D^T + z L^T + b, D ~ W', L = W' R.
     sparse_choice: S holds the largest of what L R^T leaves ("residual") or, chosen before it, of W' ("magnitude"),
     of W' weighted by its inputs' size ("sensitivity"), or W's salient entries ("salient").
     columns: whole input channels C kept in 16 bit with their activations, by `column_choice`.
@@ -144,8 +146,10 @@ class Recipe:
             ("without a remainder there must be a rank", not self.remainder and not self.rank),
             ("without a remainder there is nothing to group, to round or to keep in columns",
              not self.remainder and not (one_scale_a_row and self.rounding == "nearest" and not self.columns)),
-            ("the output metric needs a rank and the solver svd",
-             self.low_rank_metric == "output" and not (self.rank and self.solver == "svd")),
+            ("the metrics output and input need a rank and the solver svd",
+             self.low_rank_metric != "weight" and not (self.rank and self.solver == "svd")),
+            ("the metric input takes a remainder and no sparse part or columns",
+             self.low_rank_metric == "input" and not (self.remainder and not self.alpha and not self.columns)),
             ("a choice of sparse entries needs an alpha", self.sparse_choice != "residual" and not self.alpha),
             ("outlier-pursuit chooses whole columns: it takes a rank, an alpha and no columns or choice of its own",
              self.solver == "outlier-pursuit"
@@ -238,7 +242,7 @@ def _needs_calibration(values: Mapping[str, Any]) -> bool:
     """Whether one layer with these fields does, whatever its overrides."""
     return bool(
         values["rounding"] != "nearest"
-        or values["low_rank_metric"] == "output"
+        or values["low_rank_metric"] != "weight"
         or values["sparse_choice"] in ("sensitivity", "salient")
         or values["premul"] in ("smooth", "duquant")
         or values["act_scale"] == "static"

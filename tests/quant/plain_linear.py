@@ -141,12 +141,17 @@ def transform_matrix(parts):
     return np.eye(width)
 
 
+def basis_of(parts):
+    """R of inputs that lose their principal directions, float64[in, R]; R = 0 columns if they don't."""
+    return stored_factors(parts)[1] if parts.deflated else np.zeros((parts.shape[1], 0))
+
+
 def weight_of(parts):
     """The weight the parts stand for, float64[out, in]."""
     w = low_rank_of(parts) + sparse_of(parts)
     if parts.qweight is not None:
         codes, scale = main_codes(parts)
-        w = w + codes * scale
+        w = w + (codes * scale) @ (np.eye(parts.shape[1]) - basis_of(parts) @ basis_of(parts).T)
     if parts.column_index is not None:
         w[:, raw(parts.column_index)] += raw(parts.column_value)
     return w @ transform_matrix(parts)
@@ -192,7 +197,11 @@ def outliers_of(x, recipe, tau):
 
 
 def inner_input(x, parts):
-    """x' as float32, and whether the code under test may differ from it in the last bits."""
+    """x' (x'' if deflated) as float32, and whether the code under test may differ from it in the last bits."""
+    if parts.deflated:
+        wide = x.astype(np.float64) @ transform_matrix(parts).T
+        r = basis_of(parts)
+        return (wide - wide @ r @ r.T).astype(np.float32), True
     if parts.premul == "smooth":
         return x * (ONE / parts.smooth.float().numpy()), False
     if parts.premul == "none":
@@ -206,6 +215,10 @@ def expected(x, parts, bias, recipe, tau=None, t=None):
         w = weight_of(parts)
         sums = np.abs(x.astype(np.float64)) @ np.abs(w).T + np.abs(bias)
         loss = sums * (x.shape[1] + 16) * 2.0**-23 + 1e-36
+        if parts.deflated:  # W' is put together in float32 from products with R and R^T
+            codes, step = main_codes(parts)
+            sizes = np.linalg.norm(codes * step, axis=1) + np.linalg.norm(w, axis=1)
+            loss = loss + np.outer(np.linalg.norm(x.astype(np.float64), axis=1), sizes) * 2.0**-20
         if parts.premul in ("hadamard", "duquant"):  # the weight is rotated back in float32
             lengths = (np.linalg.norm(v.astype(np.float64), axis=1) for v in (x, w))
             loss = loss + np.outer(*lengths) * 2.0**-20
@@ -213,7 +226,7 @@ def expected(x, parts, bias, recipe, tau=None, t=None):
     inner, inexact = inner_input(x, parts)
     if tau is not None and parts.premul == "smooth":
         tau = tau * (ONE / parts.smooth.float().numpy())
-    elif parts.premul != "none":
+    elif parts.premul != "none" or parts.deflated:
         tau = None
     wide, s = inner.astype(np.float64), sparse_of(parts)
     hidden = inner.copy()
@@ -234,6 +247,8 @@ def expected(x, parts, bias, recipe, tau=None, t=None):
         codes, step = main_codes(parts)
         d, size = codes * step, np.abs(codes * step)
         main = q @ d.T * scale.astype(np.float64) + outliers.astype(np.float64) @ d.T
+        if parts.deflated:
+            wide = x.astype(np.float64) @ transform_matrix(parts).T
         rest = wide @ low_rank_of(parts).T + met @ s.T
         sizes = size + np.abs(low_rank_of(parts)) + np.abs(s)
         if parts.proj_up is not None:

@@ -61,6 +61,11 @@ VARIANTS = (
     DEFAULT.changed(name="no cross product", cross_product=False),
     PLAIN.changed(name="magnitude", alpha=0.05, sparse_choice="magnitude", rank=2),
     PLAIN.changed(name="output metric", rank=4, solver="svd", low_rank_metric="output", rounding="gptq", alpha=0.02),
+    PLAIN.changed(name="input metric", rank=3, solver="svd", low_rank_metric="input", rounding="gptq", act_asymmetric=True,
+                  outlier_sigma=2.5),
+    PLAIN.changed(name="input metric, transformed", rank=2, solver="svd", low_rank_metric="input", premul="hadamard",
+                  factor_bits=8, outlier_budget=2),
+    PLAIN.changed(name="input metric, weights only", rank=2, solver="svd", low_rank_metric="input", act_bits=16),
     PLAIN.changed(name="outlier pursuit", solver="outlier-pursuit", rank=3, alpha=0.05),
     PLAIN.changed(name="adaround", rounding="adaround", weight_clip="mse"),
 )  # fmt: skip

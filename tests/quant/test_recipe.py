@@ -89,6 +89,8 @@ def test_a_recipe_cannot_be_changed():
         {"remainder": False},
         {"solver": "pca"},
         {"low_rank_metric": "output", "rank": 4, "calibration": "uniform"},
+        {"low_rank_metric": "input", "solver": "svd", "calibration": "uniform"},
+        {"low_rank_metric": "input", "solver": "svd", "rank": 4, "alpha": 0.1, "calibration": "uniform"},
         {"sparse_choice": "magnitude"},
         {"solver": "outlier-pursuit"},
         {"act_format": "fp8"},
