@@ -115,6 +115,29 @@ def test_rows_of_times_add_up_to_the_whole_and_the_interval_holds_the_mean() -> 
     assert low < found.kl < high and found.interval() == (low, high)
 
 
+def test_the_interval_of_a_difference_tells_apart_what_two_intervals_do_not() -> None:
+    states = held_out_states(TINY, SOME * 8, molecules=80, times=5)
+    reference = predict(random_logits(1), states)
+    near = predict(random_logits(2), states)
+
+    def shifted(factor: float) -> FakeEngine:
+        """The reference moved towards another network by a little more or less."""
+        batches = iter(zip(reference.X, reference.E, near.X, near.E, strict=True))
+
+        def logits(X: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
+            x, e, other_x, other_e = next(batches)
+            return x + factor * (other_x - x), e + factor * (other_e - e)
+
+        return FakeEngine(logits)
+
+    far, less_far = (divergence(reference, shifted(f), states) for f in (0.105, 0.1))
+    assert far.interval()[0] < less_far.interval()[1]
+    low, high = far.interval_above(less_far)
+    assert 0 < low < far.kl - less_far.kl < high
+    below = less_far.interval_above(far)
+    assert below == pytest.approx((-high, -low))
+
+
 def test_nan_in_a_prediction_is_seen_and_not_averaged_away() -> None:
     states = held_out_states(TINY, SOME, molecules=6, times=2)
     broken = FakeEngine(lambda X, E: (X * float("nan"), torch.zeros_like(E)))
