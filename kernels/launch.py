@@ -6,6 +6,7 @@ PyCUDA is imported when a Device is made, never before.
 Knows nothing of: what a kernel computes; how a cubin is built.
 """
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -68,6 +69,7 @@ class Device:
         self.defines: Mapping[str, Mapping[str, int]] = {}  # macros of each source; set before its first launch
         self.device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(index)
+        self.warm_for: list[weakref.ref[Any]] = []  # networks whose kernels are loaded
         self.multiprocessors = properties.multi_processor_count
         self.shared_bytes = driver.Device(index).get_attribute(
             driver.device_attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -76,6 +78,7 @@ class Device:
         with self._current():
             self._stream = driver.Stream()
         self._shared_stream = torch.cuda.ExternalStream(self._stream.handle, device=self.device)
+        self._apart_stream = torch.cuda.Stream(self.device)
         self._module = cache(self._load)
         self._function = cache(self._prepare)
 
@@ -88,13 +91,27 @@ class Device:
             self._driver.Context.pop()
 
     @contextmanager
-    def stream(self) -> Iterator[torch.cuda.Stream]:
-        """Make the launch stream torch's current stream; it waits for the work queued before, and the other way round."""
+    def stream(self, *, join: bool = True) -> Iterator[torch.cuda.Stream]:
+        """Make the launch stream torch's current stream; it waits for the work queued before.
+
+        join: what is queued afterwards on the stream that was current waits for it in turn; without, the caller waits
+        for an event.
+        """
         outer = torch.cuda.current_stream(self.device)
         self._shared_stream.wait_stream(outer)
         with torch.cuda.stream(self._shared_stream):
             yield self._shared_stream
-        outer.wait_stream(self._shared_stream)
+        if join:
+            outer.wait_stream(self._shared_stream)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Make current a stream that waits for nobody: to prepare a batch while another one runs.
+
+        The default stream would wait: launches are on a stream of the kind that it synchronizes with.
+        """
+        with torch.cuda.stream(self._apart_stream):
+            yield
 
     def _load(self, source: str) -> Any:
         path: Path = build(source, self.arch, self.defines.get(source)).path

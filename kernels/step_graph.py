@@ -1,9 +1,11 @@
 """All steps of a batch: one denoising step captured as a CUDA graph, replayed with no host work between.
 
-Guarantees: the same bytes as uncaptured launches; on a Launcher without streams (tests) the steps are launched one by one.
+Guarantees: the same bytes as uncaptured launches; on a Launcher without streams (tests) the steps are launched one by one;
+nothing here waits for the device but to keep the queue short, so that the next batch is made while one runs.
 Knows nothing of: what a step does; where its first classes come from.
 """
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -30,7 +32,7 @@ def step(batch: Denoiser) -> None:
 
 
 def warm_up(batch: Denoiser) -> None:
-    """Run a step and forget it: compiles and loads every kernel, which a capture must not do."""
+    """Run a step and forget it: compiles and loads every kernel of a network, which a capture must not do."""
     kept = [t.clone() for t in (batch.x, batch.e, batch.step, batch.not_finite)]
     step(batch)
     for tensor, before in zip((batch.x, batch.e, batch.step, batch.not_finite), kept, strict=True):
@@ -38,24 +40,32 @@ def warm_up(batch: Denoiser) -> None:
 
 
 def denoise(
-    batch: Denoiser, steps: int, *, capture: bool = True, on_step: Callable[[int], object] | None = None
+    batch: Denoiser,
+    steps: int,
+    *,
+    capture: bool = True,
+    join: bool = True,
+    on_step: Callable[[int], object] | None = None,
 ) -> None:
     """Run `steps` steps from the state that the batch is in; its x and e are the result. Doesn't wait for the end.
 
-    on_step is told how many steps are queued; at most 2 * AHEAD of them still wait for the device.
+    join: see Device.stream. on_step is told how many steps are queued; at most 2 * AHEAD of them still wait for the device.
     """
     device = batch.launcher
     if not isinstance(device, Device):
         _repeat(lambda: step(batch), steps, on_step, None)
         return
-    with device.stream() as stream:
+    with device.stream(join=join) as stream:
         if not capture:
             _repeat(lambda: step(batch), steps, on_step, stream)
             return
-        warm_up(batch)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            step(batch)
+        if not any(seen() is batch.network for seen in device.warm_for):
+            warm_up(batch)
+            device.warm_for.append(weakref.ref(batch.network))
+        graph = torch.cuda.CUDAGraph()  # by hand: torch.cuda.graph waits for the device and empties the allocator's cache
+        graph.capture_begin(capture_error_mode="thread_local")
+        step(batch)
+        graph.capture_end()
         _repeat(graph.replay, steps, on_step, stream)
         batch.graph = graph  # alive until the last replay is over
 

@@ -139,30 +139,47 @@ class KernelEngine:
         self, chain: Chain, on_step: Callable[[int], object] | None = None
     ) -> tuple[Tensor, Tensor, bool]:
         """See `LoopEngine.denoise`. A batch that doesn't fit runs in parts, with equal results."""
-        total, steps, first, finite = len(chain.ids), len(chain.times) - 1, 0, True
-        x, e = (torch.empty_like(t, dtype=torch.int8) for t in (chain.x, chain.e))
-        while first < total:
-            part = chain.part(first, min(self._fits or total, self._room(), total - first))
-            size = len(part.ids)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # begin() waits for no stream
+        return self.begin(lambda: chain, on_step)()
 
-            def told(step: int, first: int = first, size: int = size) -> None:
-                if on_step is not None:
-                    on_step((first * steps + size * step) // total)
+    def begin(
+        self, start: Callable[[], Chain], on_step: Callable[[int], object] | None = None
+    ) -> Callable[[], tuple[Tensor, Tensor, bool]]:
+        """See `LoopEngine.begin`. Of a batch that doesn't fit only the last part is still running then."""
+        with self._on_device(), self._launcher.apart() if isinstance(self._launcher, Device) else nullcontext():
+            chain = start()
+            total, steps, first = len(chain.ids), len(chain.times) - 1, 0
+            parts: list[_Result] = []
+            while first < total:
+                part = chain.part(first, min(self._fits or total, self._room(), total - first))
+                size = len(part.ids)
 
-            batch = self._run(part, told)
-            if batch is None:
-                if size == 1:
-                    raise DeviceMemoryFull(str(self.device), total, 0)
-                self._fits = size // 2
-                torch.cuda.empty_cache()
-                log.warning(
-                    "%s has no memory for %d molecules at a time, trying %d", self.device, size, self._fits
-                )
-                continue
-            x[first : first + size], e[first : first + size] = batch.x, batch.e
-            finite = finite and int(batch.not_finite) == 0  # waits for the device
-            first += size
-        return x, e, finite
+                def told(step: int, first: int = first, size: int = size) -> None:
+                    if on_step is not None:
+                        on_step((first * steps + size * step) // total)
+
+                result = self._run(part, told)
+                if result is None:
+                    if size == 1:
+                        raise DeviceMemoryFull(str(self.device), total, 0)
+                    self._fits = size // 2
+                    torch.cuda.empty_cache()
+                    log.warning(
+                        "%s has no memory for %d molecules at a time, trying %d", self.device, size, self._fits
+                    )
+                    continue
+                first += size
+                if first < total:
+                    result.wait()
+                parts.append(result)
+
+        def finished() -> tuple[Tensor, Tensor, bool]:
+            found = [part.wait() for part in parts]
+            x, e = (torch.cat([f[k] for f in found]) for k in (0, 1))
+            return x, e, all(int(f[2]) == 0 for f in found)
+
+        return finished
 
     def _room(self) -> int:
         """Graphs at a time for which there is memory now; at least one, so that a full device is found out by trying."""
@@ -198,13 +215,12 @@ class KernelEngine:
             noise = Noise(torch.tensor(chain.times, dtype=torch.int32), chain.node_tables, chain.edge_tables)
             return self._batch(noise, chain.n, chain.ids, chain.seed, chain.x, chain.e)
 
-    def _run(self, chain: Chain, on_step: Callable[[int], object]) -> Denoiser | None:
+    def _run(self, chain: Chain, on_step: Callable[[int], object]) -> "_Result | None":
         """Queue all steps of a batch; None if there is no memory for it."""
         try:
-            with self._on_device():
-                batch = self.batch(chain)
-                denoise(batch, len(chain.times) - 1, on_step=on_step)
-                return batch
+            batch = self.batch(chain)
+            denoise(batch, len(chain.times) - 1, join=False, on_step=on_step)
+            return _Result(batch)
         except torch.OutOfMemoryError:
             return None
 
@@ -219,3 +235,29 @@ class KernelEngine:
         on = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with on, torch.inference_mode(), _own_errors():
             yield
+
+
+class _Result:
+    """Classes of a batch on their way to the CPU; keeps the batch alive until they are there."""
+
+    def __init__(self, batch: Denoiser) -> None:
+        self._batch: Denoiser | None = batch
+        self._event: torch.cuda.Event | None = None
+        on_device, device = (batch.x, batch.e, batch.not_finite), batch.launcher
+        if not isinstance(device, Device):
+            self._found = tuple(t.to("cpu", torch.int8) for t in on_device)
+            return
+        self._found = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in on_device)
+        with device.stream(join=False) as stream:
+            for to, t in zip(self._found, on_device, strict=True):
+                to.copy_(t, non_blocking=True)
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record(stream)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """int8 classes x and e, and not_finite, on the CPU."""
+        if self._batch is not None and self._event is not None:
+            self._event.synchronize()
+            self._found = tuple(t.to(torch.int8) for t in self._found)  # no longer in pinned memory
+        self._batch = None
+        return self._found

@@ -11,6 +11,7 @@ A draw for the state at time s is keyed by step s; the node count and z_T are ke
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -122,22 +123,48 @@ def sample_micro_batch(
     """
     if first_id < 0 or (first_id % size and not isinstance(engine, LoopEngine)):
         raise ValueError(f"a micro-batch of {size} starts at a multiple of {size}, not at {first_id}")
+    ids = torch.arange(first_id, first_id + size)
+    if isinstance(engine, LoopEngine):
+        return _begin(engine, config, seed, ids, n_steps, on_step)()
     with torch.inference_mode(), one_thread(engine.device):
-        chain = start_chain(
-            config, seed, torch.arange(first_id, first_id + size, device=engine.device), n_steps
-        )
-        if isinstance(engine, LoopEngine):
-            x, e, finite = engine.denoise(chain, on_step)
-        else:
-            plan, found = _plan(config, n_steps, engine.device), None
-            with suppress(torch.OutOfMemoryError):  # its traceback holds what filled the memory
-                found = _steps(engine, plan, chain, on_step)
-            if found is None:
-                raise DeviceMemoryFull(str(engine.device), size, _size_that_fits(engine, plan, chain))
-            x, e, finite = found
+        chain = start_chain(config, seed, ids.to(engine.device), n_steps)
+        plan, found = _plan(config, n_steps, engine.device), None
+        with suppress(torch.OutOfMemoryError):  # its traceback holds what filled the memory
+            found = _steps(engine, plan, chain, on_step)
+        if found is None:
+            raise DeviceMemoryFull(str(engine.device), size, _size_that_fits(engine, plan, chain))
+        x, e, finite = found
         if not finite:
             raise LogitsNotFinite(engine.name, first_id, size)
         return Graphs(chain.n.cpu(), x.to(torch.int8).cpu(), e.to(torch.int8).cpu())
+
+
+def _begin(
+    engine: LoopEngine,
+    config: DigressConfig,
+    seed: int,
+    ids: Tensor,
+    n_steps: int,
+    on_step: Callable[[int], object] | None,
+) -> Callable[[], Graphs]:
+    """Queue the graphs of ids: int64[B], consecutive; the function returned waits for them."""
+    made: list[Tensor] = []
+
+    def start() -> Chain:
+        chain = start_chain(config, seed, ids.to(engine.device), n_steps)
+        made.append(chain.n.cpu())
+        return chain
+
+    with torch.inference_mode(), one_thread(engine.device):
+        wait = engine.begin(start, on_step)
+
+    def finished() -> Graphs:
+        x, e, finite = wait()
+        if not finite:
+            raise LogitsNotFinite(engine.name, int(ids[0]), len(ids))
+        return Graphs(made[0], x, e)
+
+    return finished
 
 
 def _masks(n: Tensor, n_pad: int) -> tuple[Tensor, Tensor]:
@@ -230,16 +257,45 @@ def sample_batches(
     stop = first_id + count
     alone = isinstance(engine, LoopEngine)  # it needs no companions
     starts = range(first_id if alone else first_id - first_id % micro_batch, stop, micro_batch)
-    for done, start in enumerate(starts):
 
-        def on_step(step: int, done: int = done) -> None:
+    def on_step(done: int) -> Callable[[int], None]:
+        def told(step: int) -> None:
             if on_progress is not None:
                 on_progress((done * n_steps + step) / (len(starts) * n_steps))
 
-        size = min(stop - start, micro_batch) if alone else micro_batch
-        graphs = sample_micro_batch(engine, config, seed, start, size, n_steps, on_step)
+        return told
+
+    if isinstance(engine, LoopEngine):
+        yield from _one_ahead(engine, config, seed, starts, stop, n_steps, on_step)
+        return
+    for done, start in enumerate(starts):
+        graphs = sample_micro_batch(engine, config, seed, start, micro_batch, n_steps, on_step(done))
         asked = slice(max(first_id - start, 0), min(stop - start, micro_batch))
         yield start + asked.start, graphs[asked]
+
+
+def _one_ahead(
+    engine: LoopEngine,
+    config: DigressConfig,
+    seed: int,
+    starts: range,
+    stop: int,
+    n_steps: int,
+    on_step: Callable[[int], Callable[[int], None]],
+) -> Iterator[tuple[int, Graphs]]:
+    """Batches of a LoopEngine; a thread queues the next one while the caller works on what it was given."""
+
+    def begin(done: int) -> Callable[[], Graphs]:
+        ids = torch.arange(starts[done], min(stop, starts[done] + starts.step))
+        return _begin(engine, config, seed, ids, n_steps, on_step(done))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="begin-batch") as thread:
+        queued = thread.submit(begin, 0)
+        for done, start in enumerate(starts):
+            wait = queued.result()
+            if done + 1 < len(starts):
+                queued = thread.submit(begin, done + 1)
+            yield start, wait()
 
 
 def sample_ids(

@@ -75,3 +75,12 @@ class LoopEngine(Engine, Protocol):
         on_step is told the number of steps that were queued. Raises: DeviceMemoryFull.
         """
         ...
+
+    def begin(
+        self, start: Callable[[], Chain], on_step: Callable[[int], object] | None = None
+    ) -> Callable[[], tuple[Tensor, Tensor, bool]]:
+        """Queue the chain that `start` makes; the function returned waits for its end and gives what denoise gives.
+
+        The next chain may be begun, by another thread too, before this one's end. Raises: DeviceMemoryFull.
+        """
+        ...

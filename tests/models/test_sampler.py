@@ -1,6 +1,7 @@
 """Run: .venv/bin/python -m pytest tests/models/test_sampler.py -q"""
 
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -19,6 +20,7 @@ from bitdgdm.models.engine import Engine, TorchEngine, load_engine
 from bitdgdm.models.noise import cosine_schedule, steps, transition
 from bitdgdm.models.philox import philox
 from bitdgdm.models.sampler import Graphs, draw, sample_batches, sample_ids, sample_micro_batch
+from bitdgdm.models.seam import Chain, LoopEngine
 
 TINY = replace(
     QM9_NO_H,
@@ -305,6 +307,35 @@ def test_a_full_device_is_told_with_the_batch_size_that_fits() -> None:
         sample_micro_batch(FakeEngine(room_for(13)), TINY, SEED, 0, 32, 5)
     with pytest.raises(DeviceMemoryFull, match="not even one fits"):
         sample_micro_batch(FakeEngine(room_for(0)), TINY, SEED, 0, 4, 5)
+
+
+class FakeLoop(FakeEngine):
+    """A LoopEngine that is done at once; tells when a chain is begun."""
+
+    def __init__(self) -> None:
+        super().__init__(no_opinion)
+        self.begun = [threading.Event() for _ in range(3)]
+
+    def begin(
+        self, start: Callable[[], Chain], on_step: Callable[[int], object] | None = None
+    ) -> Callable[[], tuple[Tensor, Tensor, bool]]:
+        chain = start()
+        self.begun[int(chain.ids[0]) // 4].set()
+        return lambda: (chain.x.to(torch.int8), chain.e.to(torch.int8), True)
+
+    def denoise(
+        self, chain: Chain, on_step: Callable[[int], object] | None = None
+    ) -> tuple[Tensor, Tensor, bool]:
+        return self.begin(lambda: chain, on_step)()
+
+
+def test_the_next_batch_is_on_its_way_while_the_caller_works_on_one() -> None:
+    engine = FakeLoop()
+    assert isinstance(engine, LoopEngine)
+    for first, graphs in sample_batches(engine, TINY, SEED, 0, 10, 5, 4):
+        assert len(graphs) == min(4, 10 - first)
+        if first < 8:
+            assert engine.begun[first // 4 + 1].wait(30)
 
 
 @pytest.mark.parametrize("first_id", [-8, 3])
