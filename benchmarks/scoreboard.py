@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from rows import RESULTS, hardware, keep, results_file
 
@@ -74,6 +75,7 @@ class Board:
     artifacts: Path
     again: bool
     compiled: bool
+    tables: Path | None
     done: dict[tuple[str, str], Row]
 
     def rows_of(self, case: str) -> Rows:
@@ -203,7 +205,7 @@ def open_engine(recipe: str, model: str | Path, board: Board) -> Engine:
 
 def compile_layers(engine: TorchEngine, board: Board) -> None:
     """Let torch.compile fuse each transformer layer, and see that it computes the same up to the order of sums."""
-    states = held_out_states(engine.config, molecules=64, times=1)
+    states = held_out_states(engine.config, molecules=board.samples, times=1)  # the shape that will run
     before = states[0].logits(engine)
     layers = engine._network.tf_layers
     torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
@@ -219,26 +221,37 @@ def _score(scoring: Scoring, graphs: Graphs, first: int) -> pa.Table:
 
 
 def score(
-    graphs: Graphs, board: Board, pool: Executor, scoring: Scoring, reference: Profile
+    graphs: Graphs, case: str, board: Board, pool: Executor, scoring: Scoring, reference: Profile
 ) -> list[Measure]:
     """Decode and judge; ChemNet runs on the board's device, all else in the pool."""
     starts = range(0, len(graphs), _CHUNK)
     parts = pool.map(_score, [scoring] * len(starts), [graphs[i : i + _CHUNK] for i in starts], starts)
-    return quality(pa.concat_tables(parts), reference, device=board.device, pool=pool)
+    table = pa.concat_tables(parts)
+    if board.tables:
+        board.tables.mkdir(parents=True, exist_ok=True)
+        pq.write_table(
+            table, board.tables / f"{case.replace(', ', '-').replace(' ', '-')}.parquet", compression="zstd"
+        )
+    return quality(table, reference, device=board.device, pool=pool)
 
 
-def sample(names: list[Recipe | None], board: Board, limit: float) -> None:
-    """Draw and judge one recipe after the other; None is full precision. Starts none after `limit` seconds."""
+def sample(names: list[Recipe | None], board: Board, limit: float) -> list[str]:
+    """Draw and judge one recipe after the other; None is full precision. Starts none after `limit` seconds.
+
+    Return the names of those that failed.
+    """
     config = load_source(MODEL).config
     scoring = Scoring(config, load_reference(BUILTIN), "qed", alerts=False)
     processes = max(1, (os.cpu_count() or 2) - 1)
     waiting: list[tuple[str, Future[list[Measure]]]] = []
+    failed: list[str] = []
 
     def collect(wait: bool) -> None:
         for case, future in list(waiting):
             if wait or future.done():
-                board.keep(board.rows_of(case).measures(future.result()))
                 waiting.remove((case, future))
+                with told(case, failed):
+                    board.keep(board.rows_of(case).measures(future.result()))
 
     with (
         ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool,
@@ -254,29 +267,45 @@ def sample(names: list[Recipe | None], board: Board, limit: float) -> None:
             if time.monotonic() - BEGAN > limit:
                 say(f"{name}: not begun, {limit:.0f} s are over")
                 continue
-            model = make_artifact(recipe, board)[0] if recipe else MODEL
-            engine = open_engine(name, model, board)
-            with peak_mb(board.device) as peak:
-                graphs, seconds = draw(engine, board, name)
-            row = board.rows_of(case)
-            how = (
-                "our kernels"
-                if not isinstance(engine, TorchEngine)
-                else "PyTorch, fake quantization"
-                if recipe
-                else "PyTorch"
-            )
-            board.keep([
-                row("molecules/s, ids to graphs", len(graphs) / seconds, "1/s", n=len(graphs), baseline=how),
-                row("sampling, peak memory", peak(), "MB", n=1, baseline=how),
-            ])  # fmt: skip
-            waiting.append(
-                (case, judges.submit(lambda g: score(g, board, pool, scoring, reference.result()), graphs))
-            )
-            say(f"{name}: drawn in {seconds:.0f} s ({how})")
+            with told(name, failed):
+                graphs = draw_one(recipe, case, board)
+                job = (graphs, case, board, pool, scoring)
+                waiting.append((case, judges.submit(lambda job: score(*job, reference.result()), job)))
             collect(False)
-            del engine
         collect(True)
+    return failed
+
+
+@contextmanager
+def told(name: str, failed: list[str]) -> Iterator[None]:
+    """Print what goes wrong in the block and go on: a broken recipe must not cost the others their time."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001
+        traceback.print_exc()
+        failed.append(name)
+
+
+def draw_one(recipe: Recipe | None, case: str, board: Board) -> Graphs:
+    """Make the artifact if need be, draw all samples, keep time and memory."""
+    name = recipe.name if recipe else FULL
+    engine = open_engine(name, make_artifact(recipe, board)[0] if recipe else MODEL, board)
+    with peak_mb(board.device) as peak:
+        graphs, seconds = draw(engine, board, name)
+    row = board.rows_of(case)
+    how = (
+        "our kernels"
+        if not isinstance(engine, TorchEngine)
+        else "PyTorch, fake quantization"
+        if recipe
+        else "PyTorch"
+    )
+    board.keep([
+        row("molecules/s, ids to graphs", len(graphs) / seconds, "1/s", n=len(graphs), baseline=how),
+        row("sampling, peak memory", peak(), "MB", n=1, baseline=how),
+    ])  # fmt: skip
+    say(f"{name}: drawn in {seconds:.0f} s ({how})")
+    return graphs
 
 
 def main() -> None:
@@ -296,6 +325,7 @@ def main() -> None:
     p.add_argument("--compile", action="store_true", help="fuse each layer by torch.compile when sampling")
     p.add_argument("--limit", type=float, default=float("inf"), help="start no recipe after so many seconds")
     p.add_argument("--artifacts", type=Path, help="keep artifacts here, and take them from here")
+    p.add_argument("--tables", type=Path, help="keep the rows of all samples here, as Parquet")
     p.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     a = p.parse_args()
     book = {r.name: r for r in recipes()}
@@ -307,10 +337,10 @@ def main() -> None:
         folder = a.artifacts or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         board = Board(
-            a.device, a.molecules, a.samples, a.steps, a.seed, a.results, folder, a.again, a.compile,
+            a.device, a.molecules, a.samples, a.steps, a.seed, a.results, folder, a.again, a.compile, a.tables,
             {(r["case"], r["metric"]): r for r in (read_rows(kept) if kept.exists() else [])},
         )  # fmt: skip
-        failed = []
+        failed: list[str] = []
         todo = [book[name] for name in asked if name != FULL]
         todo = [r for r in todo if not board.has(r, "KL, held-out molecules", r.name)]
         if todo:
@@ -323,14 +353,11 @@ def main() -> None:
             if time.monotonic() - BEGAN > a.limit:
                 say(f"{len(todo) - k} recipes not begun")
                 break
-            try:
+            with told(recipe.name, failed):
                 board.keep(judge(recipe, board, states, wanted))
                 say(f"{k + 1} of {len(todo)}: {recipe.name}")
-            except Exception:  # noqa: BLE001 - a broken recipe must not cost the others their time
-                traceback.print_exc()
-                failed.append(recipe.name)
         if a.samples:
-            sample([book.get(name) for name in asked if name not in failed], board, a.limit)
+            failed += sample([book.get(name) for name in asked if name not in failed], board, a.limit)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
