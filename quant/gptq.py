@@ -19,6 +19,11 @@ from torch import Tensor
 from bitdgdm.infra.errors import NotFinite
 from bitdgdm.quant.rounding import round_weights
 
+FRACTIONS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58)
+"""Candidate scales of the clip "output", in parts of the scale that clips nothing."""
+
+E4M3_TOP = 448.0
+
 BLOCK = 64
 """Columns whose common past is carried over by one product."""
 
@@ -40,12 +45,15 @@ def gptq_round(
     """Integer codes of `w` that keep the layer's output, for inputs with the given second moment.
 
     w: float[..., out, in]; second_moment: float[..., in, in], symmetric and positive semidefinite.
-    bits, clip: as in `round_weights`. group: inputs that share a scale, 0 for the whole row.
+    bits, clip: as in `round_weights`; or clip "output": of each row's roundings on eight scales, the one with the least
+    output error. group: inputs that share a scale, 0 for the whole row.
     damping: added to the diagonal of H, in parts of its mean. act_order: columns with the largest H_jj first.
     sweeps: passes of coordinate descent afterwards; each can only lower the error.
     Returns codes int8[..., out, in] and scale bfloat16[..., out], or [..., out, ceil(in / group)] with groups.
     Raises: NotFinite if w or the second moment holds NaN or infinity.
     """
+    if clip == "output":
+        return _least_lost(w, second_moment, bits, group, damping, act_order, sweeps)
     scale = row_scales(w, bits, clip, group)
     top = 2 ** (bits - 1) - 1
     bottom = -top if clip == "absmax" else -top - 1
@@ -59,6 +67,42 @@ def gptq_round(
         sweeps=sweeps,
     )
     return codes, scale
+
+
+def gptq_fp8(w: Tensor, second_moment: Tensor, scale: Tensor, damping: float = 0.01) -> Tensor:
+    """float8_e4m3fn[..., out, in] by the same rounding. scale: float[..., out], with which no weight is beyond 448."""
+    return feedback_round(w, second_moment, spread(scale, w.shape[-1]), None, damping=damping)
+
+
+def _least_lost(
+    w: Tensor, second_moment: Tensor, bits: int, group: int, damping: float, act_order: bool, sweeps: int
+) -> tuple[Tensor, Tensor]:
+    full = row_scales(w, bits, "absmax", group)
+    steps = full.shape[w.ndim - 1 :]  # () or (groups,)
+    tries = torch.stack([full.float() * fraction for fraction in FRACTIONS], dim=w.ndim - 2).to(
+        torch.bfloat16
+    )
+    tries = tries.clamp_min(torch.finfo(torch.float32).tiny)  # [..., fractions, out, groups]
+    many = w.unsqueeze(-3).expand(*w.shape[:-2], len(FRACTIONS), *w.shape[-2:])
+    rows = len(FRACTIONS) * w.shape[-2]  # all candidates are rows of one matrix: one factor of H does
+    wide, scale = many.reshape(*w.shape[:-2], rows, -1), tries.reshape(*w.shape[:-2], rows, *steps)
+    top = 2 ** (bits - 1) - 1
+    spread_scale = spread(scale, w.shape[-1], group)
+    codes = feedback_round(
+        wide,
+        second_moment,
+        spread_scale,
+        (-top - 1, top),
+        damping=damping,
+        act_order=act_order,
+        sweeps=sweeps,
+    )
+    lost = output_error(wide, codes.float() * spread_scale, second_moment)
+    best = lost.view(*w.shape[:-2], len(FRACTIONS), -1).argmin(dim=-2, keepdim=True)  # [..., 1, out]
+    codes = codes.view(many.shape)
+    of_codes = best.unsqueeze(-1).expand(*best.shape, w.shape[-1])
+    of_scale = best.view(*best.shape, *(1 for _ in steps)).expand(*best.shape, *steps)
+    return codes.gather(-3, of_codes).squeeze(-3), tries.gather(w.ndim - 2, of_scale).squeeze(w.ndim - 2)
 
 
 def row_scales(w: Tensor, bits: int, clip: str, group: int = 0) -> Tensor:
@@ -82,13 +126,13 @@ def feedback_round(
     w: Tensor,
     second_moment: Tensor,
     scale: Tensor,
-    limits: tuple[int, int],
+    limits: tuple[int, int] | None,
     *,
     damping: float = 0.01,
     act_order: bool = True,
     sweeps: int = 0,
 ) -> Tensor:
-    """Codes int8[..., out, in] on given scales; limits: smallest and largest code.
+    """Codes int8[..., out, in] on given scales; limits: smallest and largest code, None for float8_e4m3fn codes.
 
     scale: float[..., out, in]. With H = U diag(d) U^T, U unit upper triangular, column k is rounded at
     w_k + sum_{j<k} (w_j - w^_j) U_jk, in float64.
@@ -117,7 +161,8 @@ def feedback_round(
     for _ in range(sweeps):
         _descend(codes, error, target, step, h, limits)
     back = order.argsort(dim=-1)
-    return _take(codes.mT, back, -1).to(torch.int8).contiguous()
+    kind = torch.float8_e4m3fn if limits is None else torch.int8
+    return _take(codes.mT, back, -1).to(kind).contiguous()
 
 
 def output_error(w: Tensor, approximation: Tensor, second_moment: Tensor) -> Tensor:
@@ -126,7 +171,7 @@ def output_error(w: Tensor, approximation: Tensor, second_moment: Tensor) -> Ten
 
 
 def _descend(
-    codes: Tensor, error: Tensor, target: Tensor, step: Tensor, h: Tensor, limits: tuple[int, int]
+    codes: Tensor, error: Tensor, target: Tensor, step: Tensor, h: Tensor, limits: tuple[int, int] | None
 ) -> None:
     """One pass of exact minimisation over each column's codes with all others fixed, in place."""
     gradient = h @ error
@@ -173,7 +218,9 @@ def _unit_upper(h: Tensor, damping: float) -> Tensor:
     return upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
 
 
-def _nearest(w: Tensor, step: Tensor, limits: tuple[int, int]) -> Tensor:
+def _nearest(w: Tensor, step: Tensor, limits: tuple[int, int] | None) -> Tensor:
+    if limits is None:
+        return (w / step).clamp_(-E4M3_TOP, E4M3_TOP).to(torch.float8_e4m3fn).to(w.dtype)
     return (w / step).round_().clamp_(*limits)
 
 

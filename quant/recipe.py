@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_bits": (1, 3, 4, 6, 8, 16, 32),
     "act_bits": (4, 6, 8, 16, 32),
     "factor_bits": (4, 8, 16),
-    "weight_clip": ("absmax", "mse"),
+    "weight_clip": ("absmax", "mse", "output"),
     "weight_format": ("int", "fp8", "codebook", "binary"),
     "rounding": ("nearest", "gptq", "adaround"),
     "solver": ("scaledgd", "altproj", "lrpca", "lrpca-trained", "pcp", "outlier-pursuit", "svd"),
@@ -51,7 +51,8 @@ class Recipe:
     factor_bits: 16, or 8 or 4 for integer factors with one scale per rank component.
     act_asymmetric: a token's range needn't be centred on zero; zero itself is always represented exactly.
     outlier_sigma: k of the activation outliers x_S that stay in 16 bit (|x'| > tau, tau from k); None keeps none.
-    weight_clip: "absmax" (no weight is clipped) or "mse" (the scale with the least squared error of its row).
+    weight_clip: "absmax" (no weight is clipped), "mse" (the scale with the least squared error of its row) or "output"
+    (the scale with which gptq loses least of its row's output).
     weight_format: "int"; "fp8" (e4m3, a scale per row); "codebook" (2^bits values per row); "binary" (+-scale per row).
     weight_group: inputs that share a scale; 0 for the whole row.
     rounding: how D is rounded: to "nearest", or with the output's error in view ("gptq", "adaround").
@@ -140,7 +141,10 @@ class Recipe:
             ("fp8 weights have 8 bits", self.weight_format == "fp8" and self.weight_bits != 8),
             ("codebook weights have 3 or 4 bits and 16-bit inputs",
              self.weight_format == "codebook" and (self.weight_bits not in (3, 4) or act)),
-            ("gptq and adaround round integers", self.rounding != "nearest" and self.weight_format != "int"),
+            ("gptq rounds integers and fp8, adaround integers",
+             self.weight_format not in {"nearest": (self.weight_format,), "gptq": ("int", "fp8"), "adaround": ("int",)}[self.rounding]),
+            ("a clip by the output needs integers rounded by gptq",
+             self.weight_clip == "output" and (self.rounding, self.weight_format) != ("gptq", "int")),
             ("adaround knows one scale a row", self.rounding == "adaround" and not one_scale_a_row),
             ("a group of weights has integer codes", bool(self.weight_group) and self.weight_format != "int"),
             ("without a remainder there must be a rank", not self.remainder and not self.rank),

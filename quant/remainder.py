@@ -11,7 +11,7 @@ from torch import Tensor
 from bitdgdm.quant.adaround import adaround_moment
 from bitdgdm.quant.binary import binarize
 from bitdgdm.quant.codebook import kmeans_rows
-from bitdgdm.quant.gptq import gptq_round
+from bitdgdm.quant.gptq import gptq_fp8, gptq_round
 from bitdgdm.quant.inputs import Inputs
 from bitdgdm.quant.packing import WIDEST, pack
 from bitdgdm.quant.recipe import Recipe
@@ -29,7 +29,7 @@ def round_remainder(
     a column block.
     """
     if recipe.weight_format == "fp8":
-        return [_fp8(w) for w in rest]
+        return _fp8(rest, None if recipe.rounding == "nearest" or seen is None else seen.moment)
     if recipe.weight_format == "codebook":
         return _codebook(rest, recipe, taken, None if seen is None else seen.moment)
     if recipe.weight_format == "binary":
@@ -62,10 +62,15 @@ def _nearest(rest: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return codes.view(batch, rows, -1)[..., :width].contiguous(), scale.view(batch, rows, pieces)
 
 
-def _fp8(w: Tensor) -> dict[str, Tensor]:
-    """One scale a row, no entry beyond the largest e4m3 number."""
-    scale = ceil_bfloat16(w.abs().amax(dim=1, keepdim=True) / FP8_TOP)
-    return {"qweight": (w / scale).to(torch.float8_e4m3fn), "scale": scale.squeeze(1).to(torch.bfloat16)}
+def _fp8(rest: Tensor, moment: Tensor | None) -> list[dict[str, Tensor]]:
+    """One scale a row, no entry beyond the largest e4m3 number; rounded by gptq where there is a second moment."""
+    scale = ceil_bfloat16(rest.abs().amax(dim=2, keepdim=True) / FP8_TOP)
+    if moment is None:
+        codes = (rest / scale).to(torch.float8_e4m3fn)
+    else:
+        codes = gptq_fp8(rest, moment, scale.squeeze(2))
+    stored = scale.squeeze(2).to(torch.bfloat16)
+    return [{"qweight": q, "scale": s} for q, s in zip(codes, stored, strict=True)]
 
 
 def _codebook(rest: Tensor, recipe: Recipe, taken: Tensor, moment: Tensor | None) -> list[dict[str, Tensor]]:

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitdgdm.infra.errors import NotFinite
-from bitdgdm.quant.gptq import feedback_round, gptq_round, output_error, row_scales, spread
+from bitdgdm.quant.gptq import (
+    FRACTIONS,
+    feedback_round,
+    gptq_fp8,
+    gptq_round,
+    output_error,
+    row_scales,
+    spread,
+)
 from bitdgdm.quant.rounding import round_weights
 
 
@@ -158,3 +166,35 @@ def test_what_is_not_finite_is_refused(bad):
     moment[0, 0] = bad
     with pytest.raises(NotFinite):
         gptq_round(w, moment, 4, "absmax")
+
+
+@pytest.mark.parametrize("group", [0, 5])
+def test_a_clip_by_the_output_is_the_best_of_its_scales_in_every_row(group):
+    w, moment = layer(6, 15, seed=4)
+    many, moments = torch.stack([w, 2 * w.flip(0)]), torch.stack([moment, moment.flip(0, 1)])
+    codes, scale = gptq_round(many, moments, 4, "output", group)
+    found = output_error(many, rebuilt(codes, scale, group), moments)
+    tried = []
+    for fraction in FRACTIONS:
+        step = (row_scales(many, 4, "absmax", group).float() * fraction).to(torch.bfloat16)
+        q = feedback_round(many, moments, spread(step, 15, group), (-8, 7))
+        tried.append(output_error(many, rebuilt(q, step, group), moments))
+    assert torch.allclose(found, torch.stack(tried).amin(0), rtol=1e-6)
+    assert codes.shape == many.shape and scale.dtype == torch.bfloat16
+
+
+def test_a_clip_by_the_output_keeps_rows_of_zeros():
+    w, moment = layer(3, 9)
+    w[1] = 0
+    codes, scale = gptq_round(w, moment, 4, "output")
+    assert (codes[1] == 0).all() and (scale > 0).all()
+
+
+def test_e4m3_codes_lose_less_of_the_output_than_the_nearest_ones():
+    w, moment = layer(8, 40)
+    scale = w.abs().amax(1) / 448 * 1.01
+    codes = gptq_fp8(w, moment, scale)
+    assert codes.dtype == torch.float8_e4m3fn
+    nearest_codes = (w / scale[:, None]).to(torch.float8_e4m3fn).float() * scale[:, None]
+    lost, plain = (output_error(w, v, moment).sum() for v in (codes.float() * scale[:, None], nearest_codes))
+    assert lost < 0.7 * plain

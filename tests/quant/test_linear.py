@@ -66,6 +66,10 @@ VARIANTS = (
     PLAIN.changed(name="input metric, transformed", rank=2, solver="svd", low_rank_metric="input", premul="hadamard",
                   factor_bits=8, outlier_budget=2),
     PLAIN.changed(name="input metric, weights only", rank=2, solver="svd", low_rank_metric="input", act_bits=16),
+    PLAIN.changed(name="clip by output", rounding="gptq", weight_clip="output"),
+    PLAIN.changed(name="clip by output, groups", rounding="gptq", weight_clip="output", weight_group=16),
+    PLAIN.changed(name="fp8 gptq", rounding="gptq", weight_bits=8, weight_format="fp8", act_format="fp8", act_bits=8,
+                  act_scale="one"),
     PLAIN.changed(name="outlier pursuit", solver="outlier-pursuit", rank=3, alpha=0.05),
     PLAIN.changed(name="adaround", rounding="adaround", weight_clip="mse"),
 )  # fmt: skip

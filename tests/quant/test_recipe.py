@@ -86,6 +86,7 @@ def test_a_recipe_cannot_be_changed():
         {"weight_format": "fp8"},
         {"weight_format": "codebook"},
         {"weight_format": "codebook", "act_bits": 16, "rounding": "gptq", "calibration": "uniform"},
+        {"weight_clip": "output"},
         {"remainder": False},
         {"solver": "pca"},
         {"low_rank_metric": "output", "rank": 4, "calibration": "uniform"},
