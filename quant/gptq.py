@@ -7,8 +7,9 @@ Knows nothing of: where the second moment H of the layer's inputs came from; low
 caller hands in what those leave).
 
 Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ", ICLR 2023; written in the form of Chee, Cai, Kuleshov,
-De Sa, "QuIP", NeurIPS 2023, theorem 6, which is the same rounding without the inverse of H. The final sweeps
-are the coordinate descent of Behdin et al., "QuantEase", 2023.
+De Sa, "QuIP", NeurIPS 2023, theorem 6, which is the same rounding without the inverse of H. Passes of
+coordinate descent afterwards (Behdin et al., "QuantEase", 2023) lower the output error of each layer by a tenth and
+leave the network's KL divergence as it is, so there are none.
 Adaptation: H is the second moment over the sampler's own trajectories, so no data set is needed. Cost: one
 Cholesky factor of in x in and `in` small products a layer: 0.03 s for 256 x 256, 0.6 s for 64 x 2048 on one core.
 """
@@ -40,7 +41,6 @@ def gptq_round(
     damping: float = 0.01,
     *,
     act_order: bool = True,
-    sweeps: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Integer codes of `w` that keep the layer's output, for inputs with the given second moment.
 
@@ -48,12 +48,11 @@ def gptq_round(
     bits, clip: as in `round_weights`; or clip "output": of each row's roundings on eight scales, the one with the least
     output error. group: inputs that share a scale, 0 for the whole row.
     damping: added to the diagonal of H, in parts of its mean. act_order: columns with the largest H_jj first.
-    sweeps: passes of coordinate descent afterwards; each can only lower the error.
     Returns codes int8[..., out, in] and scale bfloat16[..., out], or [..., out, ceil(in / group)] with groups.
     Raises: NotFinite if w or the second moment holds NaN or infinity.
     """
     if clip == "output":
-        return _least_lost(w, second_moment, bits, group, damping, act_order, sweeps)
+        return _least_lost(w, second_moment, bits, group, damping, act_order)
     scale = row_scales(w, bits, clip, group)
     top = 2 ** (bits - 1) - 1
     bottom = -top if clip == "absmax" else -top - 1
@@ -64,7 +63,6 @@ def gptq_round(
         (bottom, top),
         damping=damping,
         act_order=act_order,
-        sweeps=sweeps,
     )
     return codes, scale
 
@@ -75,7 +73,7 @@ def gptq_fp8(w: Tensor, second_moment: Tensor, scale: Tensor, damping: float = 0
 
 
 def _least_lost(
-    w: Tensor, second_moment: Tensor, bits: int, group: int, damping: float, act_order: bool, sweeps: int
+    w: Tensor, second_moment: Tensor, bits: int, group: int, damping: float, act_order: bool
 ) -> tuple[Tensor, Tensor]:
     full = row_scales(w, bits, "absmax", group)
     steps = full.shape[w.ndim - 1 :]  # () or (groups,)
@@ -95,7 +93,6 @@ def _least_lost(
         (-top - 1, top),
         damping=damping,
         act_order=act_order,
-        sweeps=sweeps,
     )
     lost = output_error(wide, codes.float() * spread_scale, second_moment)
     best = lost.view(*w.shape[:-2], len(FRACTIONS), -1).argmin(dim=-2, keepdim=True)  # [..., 1, out]
@@ -130,7 +127,6 @@ def feedback_round(
     *,
     damping: float = 0.01,
     act_order: bool = True,
-    sweeps: int = 0,
 ) -> Tensor:
     """Codes int8[..., out, in] on given scales; limits: smallest and largest code, None for float8_e4m3fn codes.
 
@@ -155,11 +151,8 @@ def feedback_round(
             codes[..., k, :] = column
             error[..., k, :] = target[..., k, :] - column * step[..., k, :]
     nearest = _nearest(target, step, limits)
-    plain = target - nearest * step
-    worse = (_quadratic(error, h) > _quadratic(plain, h)).unsqueeze(-2)
-    codes, error = torch.where(worse, nearest, codes), torch.where(worse, plain, error)
-    for _ in range(sweeps):
-        _descend(codes, error, target, step, h, limits)
+    worse = _quadratic(error, h) > _quadratic(target - nearest * step, h)
+    codes = torch.where(worse.unsqueeze(-2), nearest, codes)
     back = order.argsort(dim=-1)
     kind = torch.float8_e4m3fn if limits is None else torch.int8
     return _take(codes.mT, back, -1).to(kind).contiguous()
@@ -168,24 +161,6 @@ def feedback_round(
 def output_error(w: Tensor, approximation: Tensor, second_moment: Tensor) -> Tensor:
     """float64[..., out]: mean squared error of each output, (w - w^) H (w - w^)^T."""
     return _quadratic((w.double() - approximation.double()).mT, second_moment.double())
-
-
-def _descend(
-    codes: Tensor, error: Tensor, target: Tensor, step: Tensor, h: Tensor, limits: tuple[int, int] | None
-) -> None:
-    """One pass of exact minimisation over each column's codes with all others fixed, in place."""
-    gradient = h @ error
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
-    for k in range(target.shape[-2]):
-        weight = diagonal[..., k, None]
-        others = (gradient[..., k, :] - weight * error[..., k, :]) / weight.clamp_min(1e-300)
-        alive = weight > 0
-        column = _nearest(target[..., k, :] + torch.where(alive, others, 0.0), step[..., k, :], limits)
-        column = torch.where(alive, column, codes[..., k, :])
-        change = (codes[..., k, :] - column) * step[..., k, :]
-        codes[..., k, :] = column
-        error[..., k, :] += change
-        gradient += h[..., :, k, None] * change.unsqueeze(-2)
 
 
 def _order(second_moment: Tensor, act_order: bool) -> Tensor:

@@ -79,7 +79,7 @@ def test_without_damping_three_columns_are_the_nearest_plane_of_the_lattice():
 
 def test_it_stays_close_to_the_best_of_all_codes():
     w, moment = layer(8, 4, seed=0)
-    codes, scale = gptq_round(w, moment, 3, "absmax", sweeps=2)
+    codes, scale = gptq_round(w, moment, 3, "absmax")
     error = output_error(w, rebuilt(codes, scale), moment)
     every = torch.tensor(list(itertools.product(range(-3, 4), repeat=4)), dtype=torch.float32)
     best = torch.zeros(8, dtype=torch.float64)
@@ -103,16 +103,6 @@ def test_correlated_inputs_lose_much_less_than_by_rounding_to_nearest():
     w, moment = layer(32, 100, samples=150)
     found = output_error(w, rebuilt(*gptq_round(w, moment, 4, "mse")), moment).sum()
     assert found < 0.4 * output_error(w, nearest(w, 4, "mse"), moment).sum()
-
-
-def test_sweeps_only_lower_the_error():
-    w, moment = layer(16, 32)
-    errors = [
-        output_error(w, rebuilt(*gptq_round(w, moment, 3, "mse", sweeps=sweeps)), moment)
-        for sweeps in (0, 1, 4)
-    ]
-    assert (errors[1] <= errors[0] * (1 + 1e-9)).all() and (errors[2] <= errors[1] * (1 + 1e-9)).all()
-    assert errors[2].sum() < errors[0].sum()
 
 
 def test_a_layer_is_rounded_the_same_alone_and_in_a_batch():
@@ -142,12 +132,11 @@ def test_each_group_has_the_scale_it_would_have_alone(width, group):
 def test_a_singular_second_moment_is_rounded_and_reproduces_zero_rows(moment):
     w = layer(3, 6)[0]
     w[1] = 0.0
-    for sweeps in (0, 2):
-        codes, scale = gptq_round(w, moment, 4, "absmax", sweeps=sweeps)
-        found = rebuilt(codes, scale)
-        assert torch.isfinite(found).all() and not found[1].any()
-        plain = output_error(w, nearest(w, 4, "absmax"), moment)
-        assert (output_error(w, found, moment) <= plain * (1 + 1e-9)).all()
+    codes, scale = gptq_round(w, moment, 4, "absmax")
+    found = rebuilt(codes, scale)
+    assert torch.isfinite(found).all() and not found[1].any()
+    plain = output_error(w, nearest(w, 4, "absmax"), moment)
+    assert (output_error(w, found, moment) <= plain * (1 + 1e-9)).all()
 
 
 def test_a_second_moment_with_a_slightly_negative_eigenvalue_is_damped_until_it_has_a_factor():
