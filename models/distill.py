@@ -19,6 +19,7 @@ from bitdgdm.models.divergence import EDGE_WEIGHT, Predictions, States, own_stat
 from bitdgdm.models.engine import TorchEngine
 from bitdgdm.models.features import network_input
 from bitdgdm.models.source import SourceModel
+from bitdgdm.quant.layer_report import LayerReport, report
 from bitdgdm.quant.linear import QuantLinear, set_time
 from bitdgdm.quant.parts import LinearParts
 from bitdgdm.quant.recipe import Recipe
@@ -44,8 +45,9 @@ def repaired(
     device: torch.device | str = "cpu",
     progress: Callable[[float], object] | None = None,
 ) -> dict[str, LinearParts]:
-    """Return the parts of every layer with factors of rank `recipe.repair_rank` learned in `recipe.repair_steps`.
+    """Return the parts of every layer, with factors of rank `repair_rank` learned in `recipe.repair_steps` steps.
 
+    layers: every QuantLinear of the network; those of rank 0 by an override, or kept in 16 bit, are returned as they are.
     molecules, steps: of the trajectories that are learned from. progress is told the fraction that is done.
     Raises: ValueError if the recipe asks for no repair or the loss isn't finite; LogitsNotFinite.
     """
@@ -65,14 +67,27 @@ def repaired(
         {name: parts for name, (parts, _, _) in layers.items()},
         lambda step: divergence_loss(network, config, *batches.of(step)),
         steps=recipe.repair_steps,
-        rank=recipe.repair_rank,
+        rank={name: recipe.for_layer(name).repair_rank for name in layers},
         targets={name: source.weights[f"{name}.weight"] for name in layers},
         seed=seed,
         progress=lambda done: told(done, 1 - _SHOWN, _SHOWN),
     )
     return {
-        name: joined(parts, found[name], recipe.for_layer(name).factor_bits)
+        name: joined(parts, found[name], recipe.for_layer(name).factor_bits) if name in found else parts
         for name, (parts, _, _) in layers.items()
+    }
+
+
+def repaired_reports(
+    source: SourceModel, recipe: Recipe, parts: Mapping[str, LinearParts], reports: Mapping[str, LayerReport]
+) -> dict[str, LayerReport]:
+    """Reports of repaired parts: error, rank and size anew; what other parts buy as it was; no output errors."""
+    kept = ("steps", "error_dense", "error_without_low_rank", "error_without_sparse", "seconds")
+    return {
+        name: report(
+            source.weights[f"{name}.weight"].float(), p, **{k: getattr(reports[name], k) for k in kept}
+        )
+        for name, p in parts.items()
     }
 
 

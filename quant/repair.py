@@ -45,29 +45,37 @@ def repair(
     loss: Callable[[int], Tensor],
     *,
     steps: int,
-    rank: int,
+    rank: int | Mapping[str, int],
     targets: Mapping[str, Tensor] | None = None,
     rate: float = RATE,
     seed: int = 0,
     progress: Callable[[float], object] | None = None,
 ) -> dict[str, Factors]:
-    """Learn factors for every QuantLinear of `network` that `parts` names, and return them on the CPU.
+    """Learn factors for the QuantLinears of `network` and return them on the CPU, by name.
 
-    parts: what those layers were made from. loss: a scalar of step k, computed by running `network` with gradients.
+    parts: what every QuantLinear of the network was made from. rank: of all, or by name; 0 adds nothing to a layer and
+    lets gradients pass it. loss: a scalar of step k, computed by running `network` with gradients.
     targets: full-precision weights [out, in] by name; factors start from the largest part of what is lost of them,
     without them from zero. Of a layer narrower than `rank` the factors have its width.
-    progress is told the fraction of the steps that is done. Raises: ValueError if a loss isn't finite, or there is
-    nothing to repair.
+    progress is told the fraction of the steps that is done. Raises: ValueError if a loss isn't finite, if there is
+    nothing to repair, or a QuantLinear has no parts.
     """
-    if not parts or rank < 1 or steps < 1:
+    ranks = (
+        dict.fromkeys(parts, rank) if isinstance(rank, int) else {name: rank.get(name, 0) for name in parts}
+    )
+    if max(ranks.values(), default=0) < 1 or steps < 1:
         raise ValueError(f"nothing to repair: {len(parts)} layers, rank {rank}, {steps} steps")
+    there = {name for name, module in network.named_modules() if isinstance(module, QuantLinear)}
+    if there != set(parts):
+        raise ValueError(f"parts and quantized layers differ: {', '.join(sorted(there ^ set(parts)))}")
     generator = torch.Generator().manual_seed(seed)
     starts = {
-        name: _start(p, rank, None if targets is None else targets[name], generator)
+        name: _start(p, ranks[name], None if targets is None else targets[name], generator)
         for name, p in parts.items()
+        if ranks[name]
     }
     with _beside(network, parts, starts) as learned:
-        free = [factor for layer in learned.values() for factor in (layer.up, layer.down)]
+        free = [factor for layer in learned.values() for factor in layer.parameters()]
         optimizer = torch.optim.AdamW(free, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -82,9 +90,7 @@ def repair(
             optimizer.step()
             if progress is not None:
                 progress((step + 1) / steps)
-        return {
-            n: Factors(l.up.detach().cpu().clone(), l.down.detach().cpu().clone()) for n, l in learned.items()
-        }
+        return {name: layer.factors() for name, layer in learned.items() if name in starts}
 
 
 def joined(parts: LinearParts, found: Factors, bits: int) -> LinearParts:
@@ -110,15 +116,21 @@ def joined(parts: LinearParts, found: Factors, bits: int) -> LinearParts:
 class _Beside(nn.Module):
     """A frozen layer and the factors that are learned beside it. weight: float32[out, in], what the layer stands for."""
 
-    def __init__(self, layer: QuantLinear, weight: Tensor, start: Factors) -> None:
+    def __init__(self, layer: QuantLinear, weight: Tensor, start: Factors | None) -> None:
         super().__init__()
-        self.layer, self.weight = layer, weight.to(_device(layer))
-        self.up = nn.Parameter(start.up.to(self.weight.device))
-        self.down = nn.Parameter(start.down.to(self.weight.device))
+        device = next(iter(layer.buffers())).device
+        self.layer, self.weight = layer, weight.to(device)
+        self.up = None if start is None else nn.Parameter(start.up.to(device))
+        self.down = None if start is None else nn.Parameter(start.down.to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         straight = F.linear(x, self.weight)
-        return straight + (self.layer(x) - straight).detach() + (x @ self.down) @ self.up.T
+        y = straight + (self.layer(x) - straight).detach()
+        return y if self.up is None or self.down is None else y + (x @ self.down) @ self.up.T
+
+    def factors(self) -> Factors:
+        assert self.up is not None and self.down is not None
+        return Factors(self.up.detach().cpu().clone(), self.down.detach().cpu().clone())
 
 
 @contextmanager
@@ -133,9 +145,8 @@ def _beside(
         for p in learning:
             p.requires_grad_(False)
         for name, layer in layers.items():
-            if not isinstance(layer, QuantLinear):
-                raise ValueError(f"{name} is a {type(layer).__name__} and not quantized")
-            placed[name] = _Beside(layer, merged(parts[name]), starts[name])
+            assert isinstance(layer, QuantLinear)
+            placed[name] = _Beside(layer, merged(parts[name]), starts.get(name))
             _replace(network, name, placed[name])
         yield placed
     finally:
@@ -164,7 +175,3 @@ def _warm(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _device(layer: QuantLinear) -> torch.device:
-    return next(iter(layer.buffers())).device

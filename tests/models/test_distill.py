@@ -7,11 +7,13 @@ import torch
 
 from bitdgdm.models.digress import GraphTransformer, build, quantizable
 from bitdgdm.models.digress_config import QM9_NO_H, Dims, HiddenDims
-from bitdgdm.models.distill import Batches, Layer, divergence_loss, quantized, repaired
+from bitdgdm.models.distill import Batches, Layer, divergence_loss, quantized, repaired, repaired_reports
 from bitdgdm.models.divergence import divergence, own_states, predict
 from bitdgdm.models.engine import TorchEngine
 from bitdgdm.models.source import SourceModel, source_model
 from bitdgdm.quant.decompose import decompose
+from bitdgdm.quant.layer_report import report
+from bitdgdm.quant.parts import stored_bits
 from bitdgdm.quant.recipe import Recipe
 
 TINY = replace(
@@ -23,7 +25,11 @@ TINY = replace(
 )
 RECIPE = Recipe(
     "test-w3a8-r2", weight_bits=3, act_bits=8, factor_bits=8, repair_steps=60, repair_rank=2, calibration="uniform",
-    overrides=(("*.linX2", (("factor_bits", 16),)),),
+    overrides=(
+        ("*.linX2", (("factor_bits", 16),)),
+        ("*.linE2", (("repair_steps", 0), ("repair_rank", 0))),
+        ("*.y_y", (("weight_bits", 16),)),
+    ),
 )  # fmt: skip
 
 
@@ -60,7 +66,17 @@ def test_repair_brings_predictions_nearer_on_molecules_that_it_did_not_see(
     )
     assert after < 0.7 * before
     assert told == sorted(told) and told[-1] == pytest.approx(1.0)
+    reports = {
+        name: report(model.weights[f"{name}.weight"], parts, error_dense=0.5, output_error=0.5)
+        for name, (parts, _, _) in layers.items()
+    }
+    fresh = repaired_reports(model, RECIPE, found, reports)
     for name, parts in found.items():
+        assert fresh[name].error_dense == 0.5 and fresh[name].stored_bits == stored_bits(parts)
+        if name.endswith(("linE2", "y_y")):
+            assert parts is layers[name][0] and fresh[name].rank == 0
+            continue
+        assert fresh[name].rank == 2 and fresh[name].output_error is None
         assert parts.proj_up is not None and parts.proj_up.shape[1] == 2
         assert parts.proj_up.dtype == (torch.bfloat16 if name.endswith("linX2") else torch.int8)
         assert parts.qweight is layers[name][0].qweight

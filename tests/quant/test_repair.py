@@ -171,13 +171,25 @@ def test_joined_factors_add_their_product_to_the_weight(bits: int, premul: str) 
     assert both.qweight is parts["0"].qweight and both.scale is parts["0"].scale
 
 
-def test_nothing_to_repair_a_loss_that_is_not_finite_and_a_layer_that_is_not_quantized_are_refused() -> None:
+def test_a_layer_without_rank_is_left_alone_and_lets_gradients_pass() -> None:
+    net, parts, weights = quantized(W3)
+    teacher, x = full(net, weights), torch.randn(64, 16, generator=torch.Generator().manual_seed(4))
+    found = repair(
+        net, parts, lambda _: (net(x) - teacher(x)).square().mean(), steps=30, rank={"0": 3}, rate=5e-3
+    )
+    assert set(found) == {"0"} and found["0"].down.shape == (16, 3)
+    assert float(found["0"].up.abs().max()) > 1e-3  # it began at zero
+
+
+def test_bad_requests_are_refused() -> None:
     net, parts, _ = quantized(get_recipe("rtn-w4a4"))
-    for broken in ({"rank": 0, "steps": 3}, {"rank": 2, "steps": 0}):
+    for rank, steps in ((0, 3), (2, 0), ({}, 3)):
         with pytest.raises(ValueError, match="nothing to repair"):
-            repair(net, parts, lambda _: torch.ones(()), **broken)
+            repair(net, parts, lambda _: torch.ones(()), rank=rank, steps=steps)
     with pytest.raises(ValueError, match="loss of repair step 0 is nan"):
         repair(net, parts, lambda _: net(torch.ones(1, 16)).sum() * float("nan"), steps=1, rank=2)
+    with pytest.raises(ValueError, match="layers differ: 2"):
+        repair(net, {"0": parts["0"]}, lambda _: torch.ones(()), steps=1, rank=2)
     plain = nn.Sequential(nn.Linear(16, 24))
-    with pytest.raises(ValueError, match="0 is a Linear and not quantized"):
+    with pytest.raises(ValueError, match="layers differ: 0"):
         repair(plain, {"0": parts["0"]}, lambda _: torch.ones(()), steps=1, rank=2)
