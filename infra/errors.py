@@ -260,6 +260,17 @@ class LayerFailed(BitDGDMError):
         )
 
 
+class RepairFailed(BitDGDMError):
+    """The distillation after the decomposition didn't come to an end."""
+
+    def __init__(self, recipe: str, reason: str) -> None:
+        self.recipe, self.reason = recipe, reason
+        super().__init__(
+            f"the repair that {recipe} asks for failed: {reason}. "
+            "Choose a recipe without repair, see: bitdgdm recipes"
+        )
+
+
 # -- kernels ------------------------------------------------------------------------------------------------
 
 
@@ -278,8 +289,12 @@ class DeviceMemoryFull(BitDGDMError):
 
     def __init__(self, device: str, wanted: int, fits: int) -> None:
         self.device, self.wanted, self.fits = device, wanted, fits
-        way_out = f"{fits} fit. Use --micro-batch {fits}, or" if fits else "not even one fits. See nvidia-smi, and"
-        super().__init__(f"{device} has no memory left for {wanted} molecules at a time; {way_out} free the GPU")
+        way_out = (
+            f"{fits} fit. Use --micro-batch {fits}, or" if fits else "not even one fits. See nvidia-smi, and"
+        )
+        super().__init__(
+            f"{device} has no memory left for {wanted} molecules at a time; {way_out} free the GPU"
+        )
 
 
 # -- cluster ------------------------------------------------------------------------------------------------

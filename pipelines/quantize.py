@@ -8,25 +8,33 @@ Knows nothing of: how layers are decomposed (decompose_network.py, quant/), how 
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from bitdgdm.infra import registry
-from bitdgdm.infra.errors import BadInput
+from bitdgdm.infra.errors import BadInput, RepairFailed
 from bitdgdm.infra.registry import ModelVersion
 from bitdgdm.infra.version import code_version
 from bitdgdm.models.digress import dead, live_weights, quantizable, thresholds
+from bitdgdm.models.distill import repaired
 from bitdgdm.models.engine import load_engine
 from bitdgdm.models.source import SourceModel, load_source
 from bitdgdm.pipelines.decompose_network import decompose_network
 from bitdgdm.pipelines.finished_layers import FinishedLayers, Parts
 from bitdgdm.pipelines.model_files import MODEL_FILE, is_source_file, locate
-from bitdgdm.quant.artifact import ArtifactHeader, load_artifact, save_artifact
+from bitdgdm.pipelines.progress import ProgressBar
+from bitdgdm.quant.artifact import ArtifactHeader, Layer, load_artifact, save_artifact
+from bitdgdm.quant.layer_report import report
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import get_recipe
+
+_CHANGED_BY_REPAIR = (
+    "rank", "relative_error", "sqnr_db", "stored_bits", "bits_per_weight", "output_error",
+    "output_error_without_low_rank", "output_error_without_sparse", "output_error_without_outliers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def quantize(
 ) -> Quantized:  # fmt: skip
     """Quantize the source model at `uri`; write it to `out` and register it when a name is given.
 
-    Raises: UnknownRecipe, ModelNotFound, NotFinite, LayerFailed, RegistryUnavailable.
+    Raises: UnknownRecipe, ModelNotFound, NotFinite, LayerFailed, RepairFailed, RegistryUnavailable.
     """
     started = time.monotonic()
     recipe = get_recipe(recipe_name)  # refused before anything is read
@@ -67,6 +75,8 @@ def quantize(
     parts = decompose_network(
         source, names, recipe, finished, executor=executor, workers=workers, quiet=quiet
     )
+    if recipe.repair_steps:
+        parts = _repair(source, recipe, parts, quiet)
     with tempfile.TemporaryDirectory(prefix="bitdgdm-") as folder:
         path = out or Path(folder) / MODEL_FILE
         made = _assemble(resolved, source, recipe, parts, path)
@@ -88,8 +98,7 @@ def _open_source(uri: str) -> tuple[str, SourceModel]:
 def _assemble(
     uri: str, source: SourceModel, recipe: Recipe, parts: dict[str, Parts], path: Path
 ) -> Quantized:
-    taus = _thresholds(source, recipe, parts)
-    layers = {name: (p, source.weights.get(f"{name}.bias"), taus.get(name)) for name, (p, _) in parts.items()}
+    layers = _with_bias_and_tau(source, recipe, parts)
     reports = {name: report for name, (_, report) in parts.items()}
     dropped = dead(source.config)
     replaced = tuple(f"{name}." for name in layers)
@@ -111,13 +120,33 @@ def _assemble(
     )  # fmt: skip
 
 
-def _thresholds(source: SourceModel, recipe: Recipe, names: Iterable[str]) -> dict[str, Tensor]:
-    """tau of the layers that have a closed form, each for its own k."""
-    sigmas = {name: recipe.for_layer(name).outlier_sigma for name in names}
+def _with_bias_and_tau(source: SourceModel, recipe: Recipe, parts: dict[str, Parts]) -> dict[str, Layer]:
+    """What the artifact stores of each layer; tau where it has a closed form, for the layer's own k."""
+    sigmas = {name: recipe.for_layer(name).outlier_sigma for name in parts}
     by_sigma = {
         k: thresholds(source.weights, source.config, k) for k in set(sigmas.values()) if k is not None
     }
-    return {name: by_sigma[k][name] for name, k in sigmas.items() if k is not None and name in by_sigma[k]}
+    taus = {name: by_sigma[k].get(name) for name, k in sigmas.items() if k is not None}
+    return {name: (p, source.weights.get(f"{name}.bias"), taus.get(name)) for name, (p, _) in parts.items()}
+
+
+def _repair(source: SourceModel, recipe: Recipe, parts: dict[str, Parts], quiet: bool) -> dict[str, Parts]:
+    """The parts with the factors of a short distillation; reports keep what was measured of the parts alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layers = _with_bias_and_tau(source, recipe, parts)
+    with ProgressBar(f"{source.name} repair", 100, "%", quiet=quiet) as bar:
+        try:
+            new = repaired(
+                source, recipe, layers, device=device, progress=lambda done: bar.update(100 * done)
+            )
+        except ValueError as error:
+            raise RepairFailed(recipe.name, str(error)) from error
+    found: dict[str, Parts] = {}
+    for name, (_, old) in parts.items():
+        now = report(source.weights[f"{name}.weight"].float(), new[name])
+        changed = {field: getattr(now, field) for field in _CHANGED_BY_REPAIR}
+        found[name] = new[name], replace(old, **changed)
+    return found
 
 
 def _register(name: str, path: Path, made: Quantized, aliases: Sequence[str]) -> ModelVersion:
@@ -131,14 +160,14 @@ def _register(name: str, path: Path, made: Quantized, aliases: Sequence[str]) ->
         "format_version": str(header.format_version), "dataset": str(header.model_config["dataset"]),
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="bitdgdm-") as folder:
-        report = Path(folder) / "quant.json"
-        report.write_text(
+        facts = Path(folder) / "quant.json"
+        facts.write_text(
             json.dumps({**tags, "layers": {k: v.to_dict() for k, v in header.layers.items()}}, indent=1)
         )
         card = Path(folder) / "card.md"
         card.write_text(model_card(name, made, tags))
         return registry.register(
-            name, {MODEL_FILE: path, "quant.json": report, "card.md": card}, tags, aliases
+            name, {MODEL_FILE: path, "quant.json": facts, "card.md": card}, tags, aliases
         )
 
 
