@@ -15,7 +15,10 @@ from bitdgdm.models.features import network_input
 from bitdgdm.models.source import load_source
 from bitdgdm.quant.artifact import ArtifactHeader, save_artifact
 from bitdgdm.quant.decompose import decompose
+from bitdgdm.quant.linear import QuantLinear
+from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import get_recipe
+from bitdgdm.quant.stats import stats_of_rows
 
 TINY = replace(
     QM9_NO_H,
@@ -134,3 +137,23 @@ def test_without_cuda_auto_is_the_cpu_and_cuda_is_refused() -> None:
 def test_hardware_has_a_name() -> None:
     assert len(hardware_name("cpu")) > 2
     assert hardware_name(torch.device("cpu")) == hardware_name("cpu")
+
+
+def test_the_engine_tells_a_network_with_static_tables_the_time() -> None:
+    recipe = Recipe("static", 8, 8, act_scale="static", act_bins=4, calibration="uniform")
+    net, name = network(), quantizable(TINY)[0]
+    linear = net.get_submodule(name)
+    assert isinstance(linear, torch.nn.Linear)
+    width, steps = linear.in_features, TINY.diffusion_steps
+    time = torch.arange(1, steps + 1).repeat(4)
+    rows = torch.randn(len(time), width) * time[:, None]
+    parts, _ = decompose(linear.weight, recipe, stats_of_rows(rows, time, steps))
+    layer = QuantLinear.from_parts(parts, linear.bias, recipe)
+    owner, _, child = name.rpartition(".")
+    setattr(net.get_submodule(owner), child, layer)
+    engine, (X, E, _, mask) = TorchEngine(net, TINY), a_batch()
+    for t, entry in ((1, 0), (20, 3), (6, 1)):
+        engine.logits(X, E, torch.full((len(X),), t), mask)
+        assert layer.time_bin is not None and int(layer.time_bin) == entry
+    with pytest.raises(ValueError, match="one diffusion time"):
+        engine.logits(X, E, torch.arange(1, len(X) + 1), mask)

@@ -26,6 +26,7 @@ from bitdgdm.quant.artifact import (
 )
 from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.linear import QuantLinear, set_time
+from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import get_recipe, recipes
 from tests.quant.samples import needed
 
@@ -257,6 +258,32 @@ def test_tensors_that_contradict_the_header_are_corrupt_even_under_a_right_diges
     change(tensors)
     with pytest.raises(ArtifactCorrupt):
         load_artifact(forged(tmp_path / "a", tensors, metadata))
+
+
+EVERYTHING = Recipe("e", 4, 4, calibration="uniform", act_scale="static", act_bins=3, premul="duquant", columns=2,
+                    factor_bits=4, rank=3, alpha=0.1)  # fmt: skip
+ODDITIES = {
+    "a time bin that isn't there": lambda t: t["trunk.0.bin_of_t"].fill_(3),
+    "a negative time bin": lambda t: t["trunk.0.bin_of_t"].fill_(-1),
+    "no time": lambda t: t.update({"trunk.0.bin_of_t": t["trunk.0.bin_of_t"][:1]}),
+    "a range that lacks its end": lambda t: t.update({"trunk.0.act_high": t["trunk.0.act_high"][:2]}),
+    "a range without zero": lambda t: t["trunk.0.act_low"].fill_(1.0),
+    "a channel that isn't there": lambda t: t["trunk.0.column_index"].fill_(7),
+    "a channel twice": lambda t: t["trunk.0.permutation"].fill_(1),
+    "more stages than rotations": lambda t: t.update({"trunk.0.permutation": t["trunk.0.permutation"].repeat(2, 1)}),
+    "blocks that don't divide": lambda t: t.update({"trunk.0.swaps": t["trunk.0.swaps"][:, :4]}),
+    "factors of another width": lambda t: t.update({"trunk.0.proj_up": t["trunk.0.proj_up"][:, :1]}),
+    "factors of another type": lambda t: t.update({"trunk.0.proj_up": t["trunk.0.proj_up"].view(torch.int8)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ODDITIES.values(), ids=ODDITIES.keys())
+def test_parts_that_name_what_is_not_there_are_corrupt_even_under_a_right_digest(tmp_path, change):
+    save_artifact(tmp_path / "a", *content(EVERYTHING))
+    tensors, metadata = container.read_container(tmp_path / "a")
+    change(tensors)
+    with pytest.raises(ArtifactCorrupt):
+        load_artifact(forged(tmp_path / "b", tensors, metadata))
 
 
 @pytest.mark.parametrize(
