@@ -1,8 +1,9 @@
 """How long does it take to decompose a network, with how much memory, and are CPU and GPU of one mind?
 
 The Linears of the shipped QM9 network that feed an output, in the groups that `bitdgdm quantize` makes. On a CPU,
-workers are processes of one thread each, started beforehand; with --device cuda one process does all groups, and
-every layer is compared with the same layer decomposed on the CPU. Memory is the peak of a fresh process that does
+workers are processes of one thread each, started beforehand; processor time is the sum over them, which other work on
+the machine changes less. With --device cuda one process does all groups, and the layers of some recipes are compared
+with the same layers decomposed on the CPU. Memory is the peak of a fresh process that does
 everything on its own (of PyTorch's allocator on a GPU). Inputs for recipes that need them are seen once, timed apart.
 The solvers are timed too, without any rounding. Examples:
 
@@ -40,6 +41,7 @@ from bitdgdm.quant.stats import LayerStats
 QUESTION = "decompose"
 PUBLISHED = "published: 816 s and 2.1 GB for DiGress QM9, hardware not named"
 RANK, ALPHA = 16, 0.01  # of the solvers' own rows
+COMPARED = ("bitdgdm-w4a4-r16-s1", "bitdgdm-svd-w4a4-r16-s1", "rtn-w4a4", "rtn-w8a8", "fp8-w8a8")
 
 Found = dict[str, tuple[LinearParts, LayerReport]]
 Stats = dict[str, LayerStats]
@@ -61,9 +63,11 @@ def one_thread() -> None:
     weights("cpu")
 
 
-def one_group(group: LayerGroup, stats: list[LayerStats] | None, device: str = "cpu") -> Found:
+def one_group(group: LayerGroup, stats: list[LayerStats] | None, device: str = "cpu") -> tuple[Found, float]:
+    """Parts and reports, and seconds of processor time."""
+    began = time.process_time()
     found = decompose_group([weights(device)[name] for name in group.names], group.recipe, stats)
-    return dict(zip(group.names, found, strict=True))
+    return dict(zip(group.names, found, strict=True)), time.process_time() - began
 
 
 def work(recipe: Recipe, stats: Stats) -> list[tuple[LayerGroup, list[LayerStats] | None]]:
@@ -73,17 +77,19 @@ def work(recipe: Recipe, stats: Stats) -> list[tuple[LayerGroup, list[LayerStats
     ]
 
 
-def in_pool(recipe: Recipe, stats: Stats, pool: ProcessPoolExecutor) -> Found:
+def in_pool(recipe: Recipe, stats: Stats, pool: ProcessPoolExecutor) -> tuple[Found, float]:
     done: Found = {}
-    for found in pool.map(one_group, *zip(*work(recipe, stats), strict=True)):
+    busy = 0.0
+    for found, seconds in pool.map(one_group, *zip(*work(recipe, stats), strict=True)):
         done |= found
-    return done
+        busy += seconds
+    return done, busy
 
 
 def here(recipe: Recipe, stats: Stats, device: str) -> Found:
     done: Found = {}
     for group, seen in work(recipe, stats):
-        done |= one_group(group, seen, device)
+        done |= one_group(group, seen, device)[0]
     return done
 
 
@@ -100,7 +106,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def solver_rows(device: str, runs: int) -> list[dict[str, Any]]:
+def solver_rows(device: str, runs: int, enough_s: float) -> list[dict[str, Any]]:
     """Seconds of each solver over all layers, in the same groups, and what it leaves."""
     rows = []
     plain = get_recipe("rtn-w8a8")
@@ -112,8 +118,8 @@ def solver_rows(device: str, runs: int) -> list[dict[str, Any]]:
         def all_groups(solve: Callable[..., Any] = solve) -> list[Any]:
             return [solve(w, RANK, ALPHA) for w in batches]
 
-        seconds = []
-        for _ in range(runs):
+        seconds: list[float] = []
+        while len(seconds) < runs and sum(seconds) < enough_s:
             took, found = timed(all_groups)
             seconds.append(took)
         left = [
@@ -182,24 +188,25 @@ def seen_inputs(names: Sequence[str], device: str) -> tuple[dict[str, Stats], li
     return found, rows
 
 
-def on_cpu(names: list[str], workers: list[int], runs: int) -> list[dict[str, Any]]:
+def on_cpu(names: list[str], workers: list[int], runs: int, enough_s: float) -> list[dict[str, Any]]:
     one_thread()
     stats, rows = seen_inputs(names, "cpu")
     found: dict[str, Found] = {}
     for count in workers:
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        wall: dict[str, list[float]] = {name: [] for name in names}
+        busy: dict[str, list[float]] = {name: [] for name in names}
         with ProcessPoolExecutor(count, get_context("spawn"), one_thread) as pool:
             in_pool(get_recipe("rtn-w8a8"), {}, pool)  # start and warm up
-            for turn in range(runs):
-                for name in names:
+            for _ in range(runs):
+                for name in (n for n in names if sum(wall[n]) < enough_s):
                     recipe = get_recipe(name)
-                    if turn and recipe.needs_calibration:
-                        continue  # minutes each
-                    took, found[name] = timed(lambda r=recipe: in_pool(r, stats[r.calibration], pool))
-                    seconds[name].append(took)
+                    took, (found[name], used) = timed(lambda r=recipe: in_pool(r, stats[r.calibration], pool))
+                    wall[name].append(took)
+                    busy[name].append(used)
         for name in names:
             case = f"{name}, {len(found[name])} Linears, {count} worker{'s' * (count > 1)}"
-            rows.append(row(QUESTION, case, "wall time", seconds[name], "s", baseline=PUBLISHED))
+            rows.append(row(QUESTION, case, "wall time", wall[name], "s", baseline=PUBLISHED))
+            rows.append(row(QUESTION, case, "processor time", busy[name], "s"))
     for name in names:
         rows += quality_rows(name, found[name])
         if not get_recipe(name).needs_calibration:
@@ -208,14 +215,14 @@ def on_cpu(names: list[str], workers: list[int], runs: int) -> list[dict[str, An
     return rows
 
 
-def on_gpu(names: list[str], runs: int) -> list[dict[str, Any]]:
+def on_gpu(names: list[str], compared: list[str], runs: int, enough_s: float) -> list[dict[str, Any]]:
     stats, rows = seen_inputs(names, "cuda")
     here(get_recipe("bitdgdm-w4a4-r16-s1"), {}, "cuda")  # start and warm up
     for name in names:
         recipe = get_recipe(name)
         torch.cuda.reset_peak_memory_stats()
-        seconds = []
-        for _ in range(1 if recipe.needs_calibration else runs):
+        seconds: list[float] = []
+        while len(seconds) < runs and sum(seconds) < enough_s:
             took, found = timed(lambda r=recipe: here(r, stats[r.calibration], "cuda"))
             seconds.append(took)
         case = f"{name}, {len(found)} Linears, one GPU"
@@ -223,8 +230,8 @@ def on_gpu(names: list[str], runs: int) -> list[dict[str, Any]]:
         peak = torch.cuda.max_memory_allocated() / 1e9
         rows.append(row(QUESTION, case, "peak memory", peak, "GB", baseline=PUBLISHED))
         rows += quality_rows(name, found)
-        if not recipe.needs_calibration:
-            rows += equality_rows(name, found, here(recipe, {}, "cpu"))
+        if name in compared:
+            rows += equality_rows(name, found, here(recipe, stats[recipe.calibration], "cpu"))
     return rows
 
 
@@ -236,8 +243,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--recipes", nargs="*", default=known, choices=known, metavar="NAME")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="CPU processes")
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(
-        "--runs", type=int, default=5, help="of recipes without calibration; the others run once"
+        "--enough", type=float, default=20.0, metavar="SECONDS", help="no more runs of what took this long"
+    )
+    parser.add_argument(
+        "--compare", nargs="*", default=list(COMPARED), choices=known, metavar="NAME", help="GPU with CPU"
     )
     parser.add_argument("--no-solvers", action="store_true", help="leave out the solvers' own rows")
     parser.add_argument("--alone", choices=known, help=argparse.SUPPRESS)
@@ -249,11 +260,14 @@ def main() -> None:
         return
     if a.device == "cpu" and torch.cuda.is_available():
         parser.error("rows would carry the name of the GPU; hide it: CUDA_VISIBLE_DEVICES= python ...")
-    rows = on_gpu(a.recipes, a.runs) if a.device == "cuda" else on_cpu(a.recipes, a.workers, a.runs)
+    if a.device == "cuda":
+        rows = on_gpu(a.recipes, a.compare, a.runs, a.enough)
+    else:
+        rows = on_cpu(a.recipes, a.workers, a.runs, a.enough)
     if not a.no_solvers:
         if a.device == "cpu":
             one_thread()
-        rows += solver_rows(a.device, a.runs)
+        rows += solver_rows(a.device, a.runs, a.enough)
     print(keep(QUESTION, rows))
 
 
