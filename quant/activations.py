@@ -9,6 +9,7 @@ Codes, in float32 with one rounding per operation, t the token without its outli
     asymmetric   s = (max(t, 0) - min(t, 0)) * (1/levels),      z = rint(min(t, 0) * (1/s)),
                  q = clamp(rint(t * (1/s)), z, z + levels)
     fp8          s = max|t| * (1/448),                          q = e4m3(clamp(t * (1/s), -448, 448))
+    log          s = max(t, 0),  q = the power of 2^(-1/4) nearest in the exponent to t * (1/s), of 2^bits - 1 of them; 0 below
     static       the same with the table's low and high in place of the token's smallest and largest entry
     one          s = 1 (fp8 only)
 with top = 2^(bits-1) - 1, levels = 2^bits - 1, s at least the smallest normal number.
@@ -26,6 +27,9 @@ from bitdgdm.quant.recipe import Recipe
 
 FP8_TOP = 448.0
 """Largest e4m3 number."""
+
+GRANULARITY = 4
+"""Steps of a log grid within a factor of two."""
 
 _TINY = float(torch.finfo(torch.float32).tiny)
 
@@ -72,12 +76,27 @@ def quantize_fp8(t: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return q, _poisoned(scale, t)
 
 
+def quantize_log(t: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Values in [0, 1] of a log grid, float32[M, K], and the scale [M, 1]; negative entries become 0.
+
+    The code k of 0 .. 2^bits - 2 stands for 2^(-k / GRANULARITY), the last one for zero.
+    """
+    scale = t.amax(dim=-1, keepdim=True).clamp_min(_TINY)
+    k = torch.arange(2**bits - 2, -1, -1, dtype=torch.float64, device=t.device)
+    values = torch.nn.functional.pad(torch.exp2(-k / GRANULARITY).float(), (1, 0))
+    borders = torch.exp2(-(k + 0.5) / GRANULARITY).float()
+    q = values[torch.bucketize(t.mul(scale.reciprocal()), borders, right=True)]
+    return q, _poisoned(scale, t)
+
+
 def quantize(t: Tensor, recipe: Recipe, low: Tensor | None, high: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes float32[M, K] and scale float32[M, 1] as `recipe` says. low, high: float32[1], a static scale's range."""
     if recipe.act_format == "int":
         if low is None or high is None:
             return quantize_tokens(t, recipe.act_bits, recipe.act_asymmetric)
         return quantize_static(t, low, high, recipe.act_bits, recipe.act_asymmetric)
+    if recipe.act_format == "log":
+        return quantize_log(t, recipe.act_bits)
     if recipe.act_scale == "one":
         return quantize_fp8(t, t.new_ones(1))
     largest = t.abs().amax(dim=-1, keepdim=True)

@@ -5,7 +5,7 @@ smooth tables never have a larger squared error on the given rows than one range
 bin without rows takes the range of the nearest bin that has some. The result depends on the arguments only.
 Knows nothing of: weights; how a table is looked up at run time. Outliers that stay in 16 bit are to be zero in the rows.
 
-The four methods, each adapted to the input of one Linear of a graph diffusion network:
+The methods, each adapted to the input of one Linear of a graph diffusion network:
 PTQ4DM (Shang et al., CVPR 2023; 42Shawn/PTQ4DM at 613886e): one range with the least squared error, on rows whose
   times are drawn from a skewed normal (the calibration's part). Their search minimises the 2.4th power; here the square,
   which is what the layer's output loses. Cost: nothing at run time.
@@ -16,8 +16,6 @@ APQ-DM (Wang et al., CVPR 2024): groups of times that share a quantizer. They re
   by dynamic programming on the same objective. Cost: 2 numbers a group and a byte a time.
 QVD (Tian et al., ACM MM 2024): keeps features that carry the time apart. Here time enters through y alone, a percent of
   the work, so its layers get more bits by the recipe's overrides; its channel range integration is `smooth.py`'s.
-PTQ4SAM (Lv et al., CVPR 2024): its log grid is for softmax outputs, which no Linear of DiGress reads; `log_grid` offers
-  it to inputs that are never negative (behind a ReLU). Its merge of bimodal channels is `smooth.py`'s.
 """
 
 import math
@@ -139,23 +137,6 @@ def smooth_range(
     high = _between(highs, places[:, 1])
     low = _between(lows, places[:, 0]) if asymmetric else -high
     return low, high
-
-
-def log_grid(x: Tensor, scale: Tensor | float, bits: int, granularity: int) -> Tensor:
-    """x on the grid scale * 2^(-k / granularity), k = 0 .. 2^bits - 2, and zero. x: float32, not negative.
-
-    The last of the 2^bits codes stands for zero, as an entry below half a step of the smallest value.
-    """
-    k = (-(x / scale).clamp_min(1e-20).log2() * granularity).round()
-    return torch.where(k < 2**bits - 1, scale * torch.exp2(-k.clamp_min(0) / granularity), 0.0)
-
-
-def best_granularity(sample: Tensor, bits: int) -> int:
-    """1, 2 or 4: the granularity of `log_grid` with the least squared error, the scale being each row's largest."""
-    x = sample.float()
-    scale = x.amax(dim=1, keepdim=True).clamp_min(_TINY)
-    errors = {g: float((log_grid(x, scale, bits, g) - x).double().square().sum()) for g in (1, 2, 4)}
-    return min(errors, key=errors.__getitem__)
 
 
 def _extent(entries: Tensor, how: str) -> tuple[float, float]:

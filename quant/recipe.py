@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "sparse_choice": ("residual", "magnitude", "sensitivity", "salient"),
     "column_choice": ("activation", "weight"),
     "premul": ("none", "smooth", "hadamard", "duquant"),
-    "act_format": ("int", "fp8"),
+    "act_format": ("int", "fp8", "log"),
     "act_scale": ("token", "static", "one"),
     "act_range": ("absmax", "mse", "quantile"),
     "act_groups": ("equal", "learned", "smooth"),
@@ -64,7 +64,7 @@ class Recipe:
     of W' weighted by its inputs' size ("sensitivity"), or W's salient entries ("salient").
     columns: whole input channels C kept in 16 bit with their activations, by `column_choice`.
     premul, smooth_strength: the transform T of the input.
-    act_format: "int" or "fp8". act_scale: one per "token", at run time; a "static" table per time bin; or "one" (fp8).
+    act_format: "int", "fp8", or "log" (powers of two, for inputs that are never negative). act_scale: one per "token", at run time; a "static" table per time bin; or "one" (fp8).
     act_bins, act_range, act_groups: of the static table: how many time bins, how a bin's range is chosen, and whether
     bins are of "equal" length, "learned" by clustering, or every time has its own entry of a "smooth" function.
     calibration: how diffusion times of the calibration pass are drawn; "none" if nothing here needs one.
@@ -161,6 +161,10 @@ class Recipe:
                   or self.sparse_choice != "residual")),
             ("fp8 inputs have 8 bits and no zero point",
              self.act_format == "fp8" and (self.act_bits != 8 or self.act_asymmetric)),
+            ("log inputs have one scale a token, no zero point and no transform that could make them negative",
+             self.act_format == "log"
+             and (self.act_scale != "token" or self.act_asymmetric or self.low_rank_metric == "input"
+                  or self.premul not in ("none", "smooth"))),
             ("a static range of fp8 inputs is absmax",
              self.act_format == "fp8" and (self.act_range, self.act_groups) != ("absmax", "equal")),
             ("learned groups are at least two, a smooth table has an entry for every time and no bins",

@@ -13,6 +13,9 @@ SEEN = "self-sampled inputs"
 TIME_PATH = ("*.y_*", "*.y_out.*", "*.lin_y*", "*.x_y.*", "*.e_y.*")
 """Linears through which the diffusion time reaches nodes and edges."""
 
+AFTER_RELU = ("*.linX2", "*.linE2", "*.lin_y2")
+"""Linears whose inputs are never negative."""
+
 
 def _rtn(weight_bits: int, act_bits: int) -> Recipe:
     return Recipe(
@@ -144,5 +147,13 @@ RIVALS = (
         summary="channels smoothed, and 8 bit for the path through which the time reaches nodes and edges",
         source="Tian et al., QVD, ACM MM 2024; time enters DiGress through y alone, so its path keeps it discernible",
         cost=f"largest values of {SEEN}; one multiplication per input, 8-bit products on the path of the time",
+    ),
+    Recipe(
+        "ptq4sam-w4a4", 4, 4, weight_clip="mse", rounding="adaround", act_asymmetric=True, calibration="uniform",
+        overrides=tuple((pattern, (("act_format", "log"), ("act_asymmetric", False))) for pattern in AFTER_RELU),
+        summary="a log grid where inputs are never negative, weights rounded by AdaRound",
+        source="Lv et al., PTQ4SAM, CVPR 2024; its log grid is for softmax outputs, which no Linear of DiGress reads, so "
+        "inputs behind a ReLU have it; no input has the two humps that it merges",
+        cost=f"second moments of {SEEN}; shifts in the place of the integer product there",
     ),
 )  # fmt: skip

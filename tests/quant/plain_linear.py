@@ -167,6 +167,17 @@ def activation_codes(t, recipe, low=None, high=None):
             scale = np.maximum(size.astype(np.float32) * (ONE / np.float32(448)), TINY)
         ratio = t * (ONE / scale)
         return round_to_e4m3(np.clip(ratio, -448, 448)), scale, np.full(t.shape, 1.0)
+    if recipe.act_format == "log":
+        scale = np.maximum(t.max(1, keepdims=True), TINY)
+        ratio = t * (ONE / scale)
+        k = np.arange(2**recipe.act_bits - 1)
+        below = ratio[..., None] < np.float32(2.0 ** -((k + 0.5) / 4))  # 0: the largest power
+        codes = np.append(np.float32(2.0 ** -(k / 4)), ONE - ONE)[below.sum(axis=-1)]
+        return (
+            codes.astype(np.float64),
+            scale,
+            np.abs(ratio[..., None] - np.float32(2.0 ** -((k + 0.5) / 4))).min(-1),
+        )
     levels, top = np.float32(2**recipe.act_bits - 1), np.float32(2 ** (recipe.act_bits - 1) - 1)
     if recipe.act_asymmetric:
         bottom = np.minimum(t.min(1, keepdims=True), 0) if low is None else np.full((len(t), 1), low)

@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 
 from bitdgdm.quant.activations import quantize_static
 from bitdgdm.quant.ranges import (
-    best_granularity,
     equal_bins,
     learned_bins,
-    log_grid,
     range_of_bins,
     smooth_range,
     static_range,
@@ -149,20 +147,3 @@ def test_a_smooth_table_is_the_same_every_time_and_changes_little_from_one_time_
     again = smooth_range(sample, time, 4, False, STEPS)
     assert torch.equal(high, again[1]) and torch.equal(low, -high)
     assert float((high[1:] / high[:-1]).max()) < 1.3 and float(high[-1]) > 3 * float(high[0])
-
-
-@pytest.mark.parametrize("granularity", [1, 2, 4])
-def test_the_log_grid_takes_the_nearest_power_and_keeps_zero(granularity):
-    powers = 2.0 ** (-np.arange(15) / granularity)
-    x = np.concatenate(([0.0, 1e-30], np.random.default_rng(0).uniform(powers[-1], 1, 200)))
-    found = log_grid(torch.tensor(x, dtype=torch.float32), 1.0, 4, granularity).numpy()
-    assert found[:2].tolist() == [0.0, 0.0]
-    nearest = powers[np.abs(np.log2(powers)[:, None] - np.log2(x[2:])).argmin(axis=0)]
-    assert np.allclose(found[2:], nearest, rtol=1e-6)
-
-
-def test_the_granularity_follows_the_spread_of_the_inputs():
-    rng = np.random.default_rng(0)
-    narrow, wide = rng.uniform(0.5, 1, (50, 20)), 10.0 ** -rng.uniform(0, 3, (50, 20))
-    assert best_granularity(torch.tensor(narrow), 3) == 4
-    assert best_granularity(torch.tensor(wide), 3) < 4
