@@ -13,6 +13,7 @@ from typing import Any
 from bitdgdm.infra import registry
 from bitdgdm.infra.errors import ArtifactCorrupt
 from bitdgdm.pipelines.model_files import MODEL_FILE, describe, fetch, is_source_file, locate
+from bitdgdm.pipelines.parts_report import LayerParts, layer_parts
 from bitdgdm.quant.artifact import load_artifact
 
 
@@ -27,6 +28,7 @@ class Shown:
     recipe: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    parts: list[LayerParts] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ def full_uri(model: str) -> str:
     return f"models:/{model}"
 
 
-def show_model(model: str) -> Shown:
-    """Return what `model` is. Raises: ModelNotFound, RegistryUnavailable, ArtifactCorrupt, ArtifactTooNew."""
+def show_model(model: str, parts: bool = False) -> Shown:
+    """Return what `model` is; `parts`: also what each part of each layer is worth. Raises: ModelNotFound, RegistryUnavailable, ArtifactCorrupt, ArtifactTooNew."""
     uri = full_uri(model)
     version = registry.resolve(uri) if uri.startswith("models:") else None
     resolved, path = locate(version.uri if version else uri)
@@ -60,8 +62,10 @@ def show_model(model: str) -> Shown:
     }  # fmt: skip
     recipe: dict[str, Any] = {}
     layers: dict[str, dict[str, Any]] = {}
+    split: list[LayerParts] = []
     if not is_source_file(path):
-        header = load_artifact(path).header
+        artifact = load_artifact(path)
+        header, split = artifact.header, layer_parts(artifact) if parts else []
         recipe, layers = (
             header.recipe.to_dict(),
             {name: report.to_dict() for name, report in header.layers.items()},
@@ -72,7 +76,7 @@ def show_model(model: str) -> Shown:
         facts["created"] = version.created
         facts["use it"] = f"bitdgdm generate --model {version.uri} --count 1000 --out out/"
     return Shown(
-        resolved, {k: v for k, v in facts.items() if v}, tags, aliases, recipe, layers, found.config.to_dict()
+        resolved, {k: v for k, v in facts.items() if v}, tags, aliases, recipe, layers, found.config.to_dict(), split
     )
 
 

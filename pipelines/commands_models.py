@@ -188,24 +188,38 @@ def show(
     model: Annotated[
         str, typer.Argument(help="NAME@ALIAS, NAME/VERSION, NAME, or a full models:/ URI or file.")
     ],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also show what each part of each layer costs and is worth.")
+    ] = False,
     json: Json = False,
 ) -> int:
     """Show one version: what it is, what it was made from, how good each layer is.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       bitdgdm models show digress-qm9@champion --json
+
+      bitdgdm models show digress-qm9@champion --layers
     """
     from bitdgdm.pipelines.catalog import show_model
 
-    found = show_model(model)
+    found = show_model(model, parts=layers)
 
     def human() -> None:
         for key, value in found.facts.items():
             out.print(f"{key:<16}{value}")
-        if found.layers:
+        if found.parts:
+            from bitdgdm.pipelines.parts_tables import MEANING, kinds_table, layers_table
+
+            out.print()
+            out.print(layers_table(found.parts))
+            out.print()
+            out.print(kinds_table(found.parts))
+            out.print(MEANING)
+        elif found.layers:
             out.print()
             out.print(_worst_layers(found.layers))
+            out.print(f"every layer and what its parts are worth: bitdgdm models show {model} --layers")
 
     reply(found, json, human)
     return 0

@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +21,13 @@ from bitdgdm.infra.errors import BadInput, ModelNotFound, RegistryUnavailable
 from bitdgdm.infra.rows import Row, between
 from bitdgdm.models.digress import GraphTransformer, build
 from bitdgdm.models.distribution import Z95
-from bitdgdm.models.divergence import Predictions, States, divergence, held_out_states, own_states, predict
+from bitdgdm.models.divergence import States, divergence, held_out_states, own_states, predict
 from bitdgdm.models.engine import TorchEngine, hardware_name, resolve_device
 from bitdgdm.models.held_out import held_out, held_out_smiles
-from bitdgdm.models.layer_errors import kind_of, output_errors, over_time
 from bitdgdm.models.likelihood import Likelihood, nll_bound
-from bitdgdm.models.outliers import layer_outliers, spectra
 from bitdgdm.models.source import SourceModel, load_source
 from bitdgdm.pipelines.catalog import full_uri
+from bitdgdm.pipelines.evaluate_layers import curves, kind_rows, layer_rows, percent
 from bitdgdm.pipelines.evaluate_samples import Asked, judge_samples, read_campaign_rows
 from bitdgdm.pipelines.measure import (
     BITS,
@@ -37,7 +36,6 @@ from bitdgdm.pipelines.measure import (
     SIZE,
     Rows,
     divergence_rows,
-    report_rows,
 )
 from bitdgdm.pipelines.model_files import ModelFile, is_source_file, open_model
 from bitdgdm.pipelines.progress import ProgressBar
@@ -88,16 +86,16 @@ def evaluate(model: str, against: str | None, asked: Asked, quiet: bool = False)
     made = read_campaign_rows(asked.campaign, s.file) if asked.campaign else None
     row = Rows(QUESTION, s.file.recipe, hardware_name(s.device), f"{s.source.name} in full precision")
     rows = _size(row, s)
-    curves: dict[str, list[float]] = {}
+    shapes: dict[str, list[float]] = {}
     if s.artifact is not None:
         rows += _against_source(row, s, s.artifact, smiles, asked, quiet)
         if asked.layers:
-            rows += _layers(row, s, s.artifact, asked, quiet)
-            curves = _spectra(s.source)
+            rows += layer_rows(row, s.source, s.artifact, asked, s.device, quiet)
+            shapes = curves(s.source)
     if made is not None or asked.samples:
         rows += judge_samples(row, s.file, s.device, smiles, asked, made, quiet)
     rows.append(row("peak memory of this command", _peak_mb(), "MB", baseline=""))
-    return Evaluated(s.file.uri, s.file.digest, s.file.recipe, s.source_uri, rows, curves)
+    return Evaluated(s.file.uri, s.file.digest, s.file.recipe, s.source_uri, rows, shapes)
 
 
 def _open(model: str, against: str | None, asked: Asked) -> _Subject:
@@ -177,7 +175,7 @@ def _against_source(
     rows += _speed(row, exact, ours, own[len(own) // 2])
     rows += _bounds(row, exact, ours, smiles, asked, quiet)
     if asked.layers:
-        rows += _kinds(row, s, network, states, wanted, quiet)
+        rows += kind_rows(row, s.source, network, list(artifact.layers), states, wanted, s.device, quiet)
     return rows
 
 
@@ -196,7 +194,7 @@ def _bounds(
                     graphs,
                     group=_TOGETHER,
                     seed=asked.seed,
-                    progress=_percent(bar),
+                    progress=percent(bar),
                 )
             )
     rows = []
@@ -211,92 +209,11 @@ def _bounds(
     return rows
 
 
-def _percent(bar: ProgressBar) -> Callable[[float], None]:
-    return lambda fraction: bar.update(100 * fraction)
-
-
 def _difference(a: Likelihood, b: Likelihood) -> tuple[float, float]:
     """Mean difference of the bounds and its standard error: molecules that share times count as one draw."""
     d = a.total - b.total
     groups = torch.stack([d[a.group == g].mean() for g in a.group.unique()])
     return float(d.mean()), float(groups.std() / math.sqrt(len(groups))) if len(groups) > 1 else math.nan
-
-
-def _kinds(
-    row: Rows, s: _Subject, network: nn.Module, states: Sequence[States], wanted: Predictions, quiet: bool
-) -> list[Row]:
-    """KL when the Linears of one kind alone are quantized, on every fifth batch of states."""
-    some = slice(None, None, 5)
-    part = Predictions(wanted.X[some], wanted.E[some])
-    assert s.artifact is not None
-    names: dict[str, list[str]] = {}
-    for name in s.artifact.layers:
-        names.setdefault(kind_of(name), []).append(name)
-    rows = []
-    with ProgressBar("one kind of layer at a time", len(names), "kinds", quiet=quiet) as bar:
-        for done, (kind, of) in enumerate(names.items()):
-            mixed = build(s.source.config, s.source.weights)
-            for name in of:
-                owner, _, attribute = name.rpartition(".")
-                setattr(mixed.get_submodule(owner), attribute, network.get_submodule(name))
-            engine = TorchEngine(mixed, s.source.config, s.device, name=f"{s.file.recipe}, {kind} only")
-            d = divergence(part, engine, states[some])
-            rows.append(
-                row("KL, only this kind quantized", 1e4 * d.kl, "1e-4", n=len(d.t), of=f"kind {kind}")
-            )
-            bar.update(done + 1)
-    return rows
-
-
-def _layers(row: Rows, s: _Subject, artifact: Artifact, asked: Asked, quiet: bool) -> list[Row]:
-    """Errors of weights and outputs of each layer; outliers of their inputs over time."""
-    names, rows = list(artifact.layers), report_rows(row, artifact.header.layers)
-    network = apply(GraphTransformer(s.source.config), artifact).eval()
-    few = min(32, asked.molecules)
-    with ProgressBar("outputs of layers", 100, "%", quiet=quiet) as bar:
-        errors = output_errors(
-            s.source,
-            network,
-            names,
-            molecules=few,
-            seed=asked.seed,
-            device=s.device,
-            progress=lambda f: bar.update(100 * f),
-        )
-    for name, error in over_time(errors).items():
-        rows.append(row("output error", 100 * error, "%", n=few, of=f"layer {name}"))
-    for e in errors:
-        rows.append(row("output error", 100 * e.relative, "%", n=e.rows, of=f"layer {e.name}, t={e.t}"))
-    with ProgressBar("inputs of layers", 100, "%", quiet=quiet) as bar:
-        found = layer_outliers(
-            s.source,
-            molecules=min(16, few),
-            steps=20,
-            seed=asked.seed,
-            device=s.device,
-            progress=lambda f: bar.update(100 * f),
-        )
-    for o in found:
-        of = f"layer {o['layer']}, t={(o['t_low'] + o['t_high']) // 2}"
-        rows += [
-            row(metric, scale * o[key], unit, n=o["rows"], of=of, baseline="")
-            for key, metric, scale, unit in _OUTLIERS
-        ]
-    return rows
-
-
-_OUTLIERS = (
-    ("max_over_sigma", "input max over sigma", 1, ""),
-    ("outlier_fraction", "input beyond 3 sigma of its row", 100, "%"),
-)
-
-
-def _spectra(source: SourceModel) -> dict[str, list[float]]:
-    """Singular values of each weight, the largest first, as shares of the largest."""
-    found: dict[str, list[float]] = {}
-    for r in spectra(source):
-        found.setdefault(r["layer"], []).append(r["singular_value"])
-    return {name: [v / max(values[0], 1e-30) for v in values] for name, values in found.items()}
 
 
 def _speed(row: Rows, exact: TorchEngine, ours: TorchEngine, batch: States) -> list[Row]:
