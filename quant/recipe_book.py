@@ -6,6 +6,7 @@ Knows nothing of: how a recipe is carried out, and how good it is (benchmarks/re
 """
 
 from bitdgdm.infra.errors import UnknownRecipe
+from bitdgdm.quant.own_recipes import OWN
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.rival_recipes import RIVALS
 
@@ -138,7 +139,7 @@ PLAIN = (
     ),
 )
 
-_RECIPES = (*METHOD, *RIVALS, *PLAIN)
+_RECIPES = (*METHOD, *OWN, *RIVALS, *PLAIN)
 
 
 def recipes() -> tuple[Recipe, ...]:
