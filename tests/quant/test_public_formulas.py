@@ -5,16 +5,22 @@ and layers of the shipped network with inputs from its own trajectories. Every r
 formulas of the file named beside it, in NumPy float64, and shares no code with the package.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from bitdgdm.models.calibrate import calibrate
 from bitdgdm.models.source import load_source
+from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.gptq import feedback_round, gptq_round, output_error, row_scales, spread
+from bitdgdm.quant.parts import merged
+from bitdgdm.quant.recipe_book import get_recipe
 from bitdgdm.quant.robust_pca import truncated_svd
 from bitdgdm.quant.rounding import round_weights
 from bitdgdm.quant.smooth import smooth_scale
+from bitdgdm.quant.stats import stats_of_rows
 
 LAYERS = tuple(
     f"tf_layers.{i}" for i in ("2.self_attn.q", "4.self_attn.e_out", "5.linX2", "6.linE1", "7.lin_y1")
@@ -208,6 +214,29 @@ def test_svdquant_has_deepcompressors_error_of_the_weight_and_of_the_output(case
         assert relative(smoothed, ours) == pytest.approx(relative(smoothed, reference), rel=ONE_PERCENT), name
         losses = [np.sqrt(output_loss(smoothed, found, moment)) for found in (ours, reference)]
         assert losses[0] == pytest.approx(losses[1], rel=3 * ONE_PERCENT), name
+
+
+def test_the_registered_recipes_have_the_same_errors_as_these_formulas(cases):
+    """With scales that clip nothing, as in the public implementations; the recipes search for a better clip."""
+    for name, (w, x, h) in cases.items():
+        stats = dataclasses.replace(stats_of_rows(tensor(x), torch.ones(len(x)), 1), second_moment=tensor(h))
+        s = smoothquant_scale(w, x, 0.5)
+        steps = np.abs(w).max(axis=1) / 7
+        references = {
+            "rtn-w4a4": (1.0, torchao_symmetric(w, -7, 7), np.eye(w.shape[1])),
+            "gptq-w4a8": (1.0, gptqmodel_round(w, h, steps, -7, 7, percdamp=0.01, desc_act=True), h),
+            "svdquant-w4a4-r16": (s, svdquant_weight(w * s, 16, 32), np.eye(w.shape[1])),
+        }
+        for recipe, (factor, reference, metric) in references.items():
+            chosen = get_recipe(recipe).changed(weight_clip="absmax")
+            if chosen.weight_group:
+                chosen = chosen.changed(weight_group=32)
+            parts, _ = decompose(
+                tensor(w), chosen, stats if chosen.needs_calibration else None, contributions=False
+            )
+            found = merged(parts).double().numpy() * factor
+            losses = [np.sqrt(output_loss(w * factor, v, metric)) for v in (found, reference)]
+            assert losses[0] == pytest.approx(losses[1], rel=ONE_PERCENT), (name, recipe)
 
 
 def test_the_installed_torchao_computes_what_its_transcription_above_computes(cases):
