@@ -8,7 +8,7 @@ Knows nothing of: quantization. Computes in float64 on the device of its input.
 import torch
 from torch import Tensor
 
-from bitdgdm.quant.robust_pca import LowRankSparse, norm, polish, spectrum, transposed
+from bitdgdm.quant.robust_pca import LowRankSparse, norm, polish, spectrum, transposed, without_sparse
 
 
 def alternating_projections(
@@ -25,6 +25,8 @@ def alternating_projections(
     Source: Netrapalli, Niranjan, Sanghavi, Anandkumar, Jain, NeurIPS 2014, algorithm 1 (AltProj); alpha
     plays no part in it and is imposed by `polish`.
     """
+    if alpha <= 0.0:
+        return without_sparse(w, rank)
     if w.shape[-2] < w.shape[-1]:
         return transposed(
             alternating_projections(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitdgdm.quant.robust_pca import LowRankSparse, polish, times_inverse, truncated_svd
+from bitdgdm.quant.robust_pca import LowRankSparse, polish, times_inverse, truncated_svd, without_sparse
 
 TRAINED = Path(__file__).with_name("lrpca_schedule.json")
 
@@ -58,6 +58,8 @@ def learned_rpca(w: Tensor, rank: int, alpha: float, *, schedule: Schedule | Non
     the solvers. Soft thresholds shrink S and don't bound its density: `polish` selects and refits.
     Source: Cai, Liu, Yin, NeurIPS 2021, algorithm 1 and theorem 1.
     """
+    if alpha <= 0.0:
+        return without_sparse(w, rank)
     plan = geometric() if schedule is None else schedule
     unit = w.abs().double().mean(dim=(-2, -1))[:, None, None].to(w.dtype)
     left, right = truncated_svd(_beyond(w, plan.zeta[0] * unit), rank)

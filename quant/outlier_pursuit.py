@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitdgdm.quant.pcp import minimise
-from bitdgdm.quant.robust_pca import LowRankSparse, budget, truncated_svd
+from bitdgdm.quant.robust_pca import LowRankSparse, budget, truncated_svd, without_sparse
 
 
 def outlier_pursuit(
@@ -25,17 +25,17 @@ def outlier_pursuit(
     Source: Xu, Caramanis, Sanghavi, IEEE Trans. Inf. Theory 58(5), 2012 (NeurIPS 2010), section 2; solved by
     the inexact augmented Lagrangian of pcp.py.
     """
+    if alpha <= 0.0:
+        return without_sparse(w, rank)
     most = budget(alpha, w.shape[-1])
+    weight = 3.0 / (7.0 * most**0.5)
+    low, taken = minimise(w, weight, _longest_column, _shrink_columns, steps=steps, tolerance=tolerance)
+    # C of a matrix without outlying columns holds what the last step left over, not zeros
+    length, longest = _lengths(w - low), _lengths(w).amax(dim=-1, keepdim=True)
+    length = torch.where(length > 10 * tolerance * longest, length, 0.0)
+    order = length.argsort(dim=-1, descending=True, stable=True)[..., :most]
     chosen = torch.zeros_like(w[..., :1, :], dtype=torch.bool)
-    taken = torch.zeros(w.shape[0], dtype=torch.int64, device=w.device)
-    if most:
-        weight = 3.0 / (7.0 * most**0.5)
-        low, taken = minimise(w, weight, _longest_column, _shrink_columns, steps=steps, tolerance=tolerance)
-        # C of a matrix without outlying columns holds what the last step left over, not zeros
-        length, longest = _lengths(w - low), _lengths(w).amax(dim=-1, keepdim=True)
-        length = torch.where(length > 10 * tolerance * longest, length, 0.0)
-        order = length.argsort(dim=-1, descending=True, stable=True)[..., :most]
-        chosen.scatter_(-1, order, length.gather(-1, order) > 0)
+    chosen.scatter_(-1, order, length.gather(-1, order) > 0)
     left, right = truncated_svd(torch.where(chosen, 0.0, w), rank)
     return LowRankSparse(left, right, torch.where(chosen, w, 0.0), taken)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitdgdm.quant.robust_pca import LowRankSparse, norm, polish, spectrum, truncated_svd
+from bitdgdm.quant.robust_pca import LowRankSparse, norm, polish, spectrum, truncated_svd, without_sparse
 
 GROWTH = 1.2
 """Factor of the penalty from one step to the next: rho of the source, which takes 1.5 and ends further from
@@ -31,6 +31,8 @@ def principal_component_pursuit(
     Source: Candes, Li, Ma, Wright, J. ACM 58(3), 2011 (problem and lambda); Lin, Chen, Ma, arXiv:1009.5055,
     algorithm 5 (inexact augmented Lagrange multipliers, an ADMM with growing penalty).
     """
+    if alpha <= 0.0:
+        return without_sparse(w, rank)
     weight = max(w.shape[-2:]) ** -0.5
     low, taken = minimise(w, weight, _largest_entry, _shrink_entries, steps=steps, tolerance=tolerance)
     left, right = truncated_svd(low.to(w.dtype), rank)

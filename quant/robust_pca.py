@@ -102,6 +102,14 @@ def truncated_svd(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left, right
 
 
+def without_sparse(w: Tensor, rank: int) -> LowRankSparse:
+    """What alpha = 0 allows: nothing is better than the truncated SVD."""
+    left, right = truncated_svd(w, rank)
+    return LowRankSparse(
+        left, right, torch.zeros_like(w), torch.zeros(len(w), dtype=torch.int64, device=w.device)
+    )
+
+
 def transposed(found: LowRankSparse) -> LowRankSparse:
     """The split of W^T, of W."""
     return LowRankSparse(found.right, found.left, found.sparse.mT.contiguous(), found.steps)
@@ -116,12 +124,10 @@ def scaled_gd(
     `tolerance` ||W|| in a step, D = L R^T + S - W; 0 runs all steps.
     Source: Tong, Ma, Chi, JMLR 22(150), 2021, algorithm 2; the polish is ours.
     """
+    if alpha <= 0.0:
+        return without_sparse(w, rank)
     first_left, first_right = truncated_svd(w - keep_largest(w, alpha), rank)
     left, right = first_left, first_right
-    if alpha <= 0.0:  # nothing is better than the truncated SVD
-        return LowRankSparse(
-            left, right, torch.zeros_like(w), torch.zeros(len(w), dtype=torch.int64, device=w.device)
-        )
     norm_w = norm(w)
     before = torch.full_like(norm_w, torch.inf)
     active = norm_w > 0
