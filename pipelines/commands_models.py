@@ -142,12 +142,12 @@ def import_(
 
 
 def recipes(json: Json = False) -> int:
-    """List the recipes: what each stores and computes."""
+    """List the recipes: what each stores and computes, what it costs, where it is from."""
     from bitdgdm.quant.recipe_book import recipes as known
 
     def human() -> None:
-        columns = ("recipe", "weights", "activations", "what it does", "source")
-        rows = [(r.name, f"{r.weight_bits} bit", f"{r.act_bits} bit", r.summary, r.source) for r in known()]
+        columns = ("recipe", "what it does", "cost", "source")
+        rows = [(r.name, r.summary, r.cost, r.source) for r in known()]
         out.print(table(columns, rows))
 
     reply(known(), json, human)
