@@ -15,7 +15,7 @@ APQ-DM (Wang et al., CVPR 2024): groups of times that share a quantizer. They re
   and descend; neighbouring times are alike here, so groups are intervals and `learned_bins` finds the best ones exactly,
   by dynamic programming on the same objective. Cost: 2 numbers a group and a byte a time.
 QVD (Tian et al., ACM MM 2024): keeps features that carry the time apart. Here time enters through y alone, a percent of
-  the work, so its layers get more bits by the recipe's overrides; its channel range integration is `smooth.py`'s.
+  the work, so its layers get more bits by the recipe's overrides; its integration of channel ranges becomes smoothing.
 """
 
 import math

@@ -50,11 +50,6 @@ def hadamard(x: Tensor) -> Tensor:
     return walsh(x * signs(x.shape[-1]).to(x.device, x.dtype))
 
 
-def unhadamard(x: Tensor) -> Tensor:
-    """The inverse of `hadamard`."""
-    return walsh(x) * signs(x.shape[-1]).to(x.device, x.dtype)
-
-
 @functools.cache
 def signs(width: int) -> Tensor:
     """+1 or -1 per channel, float32[width]: one bit of an integer hash of the channel's number."""

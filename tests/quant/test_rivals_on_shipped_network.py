@@ -16,7 +16,6 @@ from bitdgdm.quant.codebook import kmeans_rows, look_up
 from bitdgdm.quant.gptq import gptq_round
 from bitdgdm.quant.ranges import equal_bins, learned_bins, range_of_bins, smooth_range
 from bitdgdm.quant.rounding import round_weights
-from bitdgdm.quant.smooth import merging_signs
 
 KINDS = (
     "self_attn.q",
@@ -121,9 +120,13 @@ def test_time_groups_and_smooth_tables_keep_up_with_one_range_on_unseen_inputs(n
 
 
 def test_no_input_has_the_two_humps_of_ptq4sam_and_its_log_grid_loses_to_even_steps(network):
+    """chengtao-lv/PTQ4SAM at 4ec50bd, quantization/fake_quant.py: two humps are seen where 80 % of the channels have
+    one sign in all but 10 % of their entries; then the negative channels are flipped."""
     weights, _, unseen = network
     for name, stats in unseen.items():
-        assert bool((merging_signs(stats.sample) == 1).all()), name
+        x = stats.sample.numpy()
+        one_sided = np.abs((x > 0).mean(axis=0) - (x < 0).mean(axis=0)) >= 0.8
+        assert one_sided.mean() <= 0.8 or (x >= 0).all(), name
     for kind in ("linX2", "linE2"):
         x, w = unseen[f"tf_layers.4.{kind}"].sample, weights[f"tf_layers.4.{kind}"]
         log, even = (

@@ -12,7 +12,7 @@ from bitdgdm.quant.rotate import (
     hadamard,
     rotation_blocks,
     signs,
-    unhadamard,
+    walsh,
     zigzag,
 )
 
@@ -60,7 +60,7 @@ def test_rotations_keep_norms_and_products_and_can_be_undone(width, seed):
     ):
         assert torch.allclose(turned.norm(dim=1), x.norm(dim=1), rtol=1e-6)
         assert torch.allclose(turned @ weight.T, x @ w.T, atol=1e-5)
-    assert torch.allclose(unhadamard(hadamard(x)), x, atol=1e-12)
+    assert torch.allclose(walsh(hadamard(x)) * signs(width), x, atol=1e-12)
 
 
 def test_a_row_is_transformed_the_same_alone_and_in_a_batch_bit_for_bit():

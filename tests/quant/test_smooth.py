@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bitdgdm.quant.smooth import integrating_scale, merging_signs, search_scale, smooth_scale
+from bitdgdm.quant.smooth import smooth_scale
 
 sizes = st.floats(0, 1e6, width=32)
 
@@ -56,47 +56,3 @@ def test_a_layer_has_the_same_scale_alone_and_in_a_batch():
     w, act = torch.randn(3, 4, 6), torch.rand(3, 6)
     batched = smooth_scale(w, act, 0.3)
     assert all(torch.equal(batched[i], smooth_scale(w[i], act[i], 0.3)) for i in range(3))
-
-
-def test_the_search_lowers_the_output_error_of_inputs_with_outlier_channels():
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(128, 32)) * np.where(np.arange(32) % 8 == 0, 30.0, 1.0)
-    w = rng.normal(size=(16, 32))
-
-    def rounded(rows):
-        step = np.abs(rows).max(axis=1, keepdims=True) / 7
-        return np.rint(rows / step) * step
-
-    def error(s):
-        return np.square(rounded(x / s) @ rounded(w * s).T - x @ w.T).sum()
-
-    found = search_scale(torch.from_numpy(w), torch.from_numpy(x), 4, 4).double().numpy()
-    halfway = smooth_scale(torch.from_numpy(w), torch.from_numpy(np.abs(x).max(axis=0)), 0.5).double().numpy()
-    assert error(found) <= error(halfway) * (1 + 1e-9) and error(found) < 0.7 * error(np.ones(32))
-
-
-def test_the_search_leaves_alone_what_smoothing_would_make_worse():
-    w = torch.eye(4) * torch.tensor([1.0, 50.0, 1.0, 1.0])
-    x = torch.eye(4)
-    s = search_scale(w, x, 4, 4)
-    step = (x / s).abs().amax(dim=1, keepdim=True) / 7
-    assert torch.allclose(((x / s / step).round() * step) @ (w * s).T, w.T, rtol=1e-6)
-
-
-def test_channels_of_two_signs_are_merged_into_one_hump_and_others_left_alone():
-    rng = np.random.default_rng(0)
-    sides = np.where(np.arange(20) % 3 == 0, -1.0, 1.0)
-    two_humps = torch.tensor(sides * (5 + rng.normal(size=(100, 20))))
-    signs = merging_signs(two_humps)
-    assert signs.tolist() == sides.tolist()
-    assert float((two_humps / signs).min()) > 0
-    assert merging_signs(torch.tensor(rng.normal(size=(100, 20)))).tolist() == [1.0] * 20
-
-
-def test_channels_of_unusual_range_get_the_usual_one_and_others_keep_theirs():
-    sample = torch.ones(4, 9)
-    sample[:, 2] = 100.0
-    s = integrating_scale(sample)
-    assert float(sample[0, 2] / s[2]) == pytest.approx(2.0, rel=0.01)
-    assert s[[0, 1, 3, 8]].tolist() == [1.0] * 4
-    assert integrating_scale(torch.zeros(4, 3)).tolist() == [1.0] * 3
