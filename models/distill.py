@@ -1,6 +1,6 @@
 """Repair the layers of a quantized network on molecules that the full-precision network draws by itself.
 
-Guarantees: no data set is read; only the factors of the layers change; for one seed the same factors on one kind of
+Guarantees: no data set is read; only factors and biases of the layers change; for one seed the same factors on one kind of
 machine.
 Knows nothing of: how factors are learned (quant/repair.py) and which layers a recipe quantizes.
 
@@ -19,11 +19,10 @@ from bitdgdm.models.divergence import EDGE_WEIGHT, Predictions, States, own_stat
 from bitdgdm.models.engine import TorchEngine
 from bitdgdm.models.features import network_input
 from bitdgdm.models.source import SourceModel
-from bitdgdm.quant.layer_report import LayerReport, report
 from bitdgdm.quant.linear import QuantLinear, set_time
 from bitdgdm.quant.parts import LinearParts
 from bitdgdm.quant.recipe import Recipe
-from bitdgdm.quant.repair import joined, repair
+from bitdgdm.quant.repair import Learned, joined, repair
 
 BATCH = 16
 """Molecules of one step."""
@@ -44,10 +43,11 @@ def repaired(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[float], object] | None = None,
-) -> dict[str, LinearParts]:
-    """Return the parts of every layer, with factors of rank `repair_rank` learned in `recipe.repair_steps` steps.
+) -> dict[str, Layer]:
+    """Return every layer with factors of rank `repair_rank` and a bias learned in `repair_steps` steps.
 
-    layers: every QuantLinear of the network; those of rank 0 by an override, or kept in 16 bit, are returned as they are.
+    layers: every QuantLinear of the network; those of rank 0 by an override, kept in 16 bit, or with a
+    remainder that is deflated by its factors, get a bias only.
     molecules, steps: of the trajectories that are learned from. progress is told the fraction that is done.
     Raises: ValueError if the recipe asks for no repair or the loss isn't finite; LogitsNotFinite.
     """
@@ -67,28 +67,24 @@ def repaired(
         {name: parts for name, (parts, _, _) in layers.items()},
         lambda step: divergence_loss(network, config, *batches.of(step)),
         steps=recipe.repair_steps,
-        rank={name: recipe.for_layer(name).repair_rank for name in layers},
+        rank={
+            name: 0 if parts.deflated else recipe.for_layer(name).repair_rank
+            for name, (parts, _, _) in layers.items()
+        },
         targets={name: source.weights[f"{name}.weight"] for name in layers},
         seed=seed,
         progress=lambda done: told(done, 1 - _SHOWN, _SHOWN),
     )
-    return {
-        name: joined(parts, found[name], recipe.for_layer(name).factor_bits) if name in found else parts
-        for name, (parts, _, _) in layers.items()
-    }
+    return {name: _with(layer, found[name], recipe.for_layer(name)) for name, layer in layers.items()}
 
 
-def repaired_reports(
-    source: SourceModel, recipe: Recipe, parts: Mapping[str, LinearParts], reports: Mapping[str, LayerReport]
-) -> dict[str, LayerReport]:
-    """Reports of repaired parts: error, rank and size anew; what other parts buy as it was; no output errors."""
-    kept = ("steps", "error_dense", "error_without_low_rank", "error_without_sparse", "seconds")
-    return {
-        name: report(
-            source.weights[f"{name}.weight"].float(), p, **{k: getattr(reports[name], k) for k in kept}
-        )
-        for name, p in parts.items()
-    }
+def _with(layer: Layer, found: Learned, recipe: Recipe) -> Layer:
+    parts, bias, tau = layer
+    if found.factors is not None:
+        parts = joined(parts, found.factors, recipe.factor_bits)
+    if bias is not None and found.shift is not None:
+        bias = bias.float().cpu() + found.shift
+    return parts, bias, tau
 
 
 def quantized(source: SourceModel, recipe: Recipe, layers: Mapping[str, Layer]) -> nn.Module:

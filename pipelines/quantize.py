@@ -75,11 +75,12 @@ def quantize(
     parts = decompose_network(
         source, names, recipe, finished, executor=executor, workers=workers, quiet=quiet
     )
+    layers = _with_bias_and_tau(source, recipe, parts)
     if recipe.repair_steps:
-        parts = _repair(source, recipe, parts, quiet)
+        parts, layers = _repair(source, recipe, parts, layers, quiet)
     with tempfile.TemporaryDirectory(prefix="bitdgdm-") as folder:
         path = out or Path(folder) / MODEL_FILE
-        made = _assemble(resolved, source, recipe, parts, path)
+        made = _assemble(resolved, source, recipe, parts, layers, path)
         version = _register(register, path, made, aliases) if register else None
     finished.clear()
     kept_at = str(out) if out else version.uri if version else ""
@@ -96,9 +97,13 @@ def _open_source(uri: str) -> tuple[str, SourceModel]:
 
 
 def _assemble(
-    uri: str, source: SourceModel, recipe: Recipe, parts: dict[str, Parts], path: Path
+    uri: str,
+    source: SourceModel,
+    recipe: Recipe,
+    parts: dict[str, Parts],
+    layers: dict[str, Layer],
+    path: Path,
 ) -> Quantized:
-    layers = _with_bias_and_tau(source, recipe, parts)
     reports = {name: report for name, (_, report) in parts.items()}
     dropped = dead(source.config)
     replaced = tuple(f"{name}." for name in layers)
@@ -130,10 +135,11 @@ def _with_bias_and_tau(source: SourceModel, recipe: Recipe, parts: dict[str, Par
     return {name: (p, source.weights.get(f"{name}.bias"), taus.get(name)) for name, (p, _) in parts.items()}
 
 
-def _repair(source: SourceModel, recipe: Recipe, parts: dict[str, Parts], quiet: bool) -> dict[str, Parts]:
-    """The parts with the factors of a short distillation; reports keep what was measured of the parts alone."""
+def _repair(
+    source: SourceModel, recipe: Recipe, parts: dict[str, Parts], layers: dict[str, Layer], quiet: bool
+) -> tuple[dict[str, Parts], dict[str, Layer]]:
+    """Parts and layers with the factors and biases of a short distillation; of the reports what that changed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layers = _with_bias_and_tau(source, recipe, parts)
     with ProgressBar(f"{source.name} repair", 100, "%", quiet=quiet) as bar:
         try:
             new = repaired(
@@ -143,10 +149,10 @@ def _repair(source: SourceModel, recipe: Recipe, parts: dict[str, Parts], quiet:
             raise RepairFailed(recipe.name, str(error)) from error
     found: dict[str, Parts] = {}
     for name, (_, old) in parts.items():
-        now = report(source.weights[f"{name}.weight"].float(), new[name])
+        now = report(source.weights[f"{name}.weight"].float(), new[name][0])
         changed = {field: getattr(now, field) for field in _CHANGED_BY_REPAIR}
-        found[name] = new[name], replace(old, **changed)
-    return found
+        found[name] = new[name][0], replace(old, **changed)
+    return found, new
 
 
 def _register(name: str, path: Path, made: Quantized, aliases: Sequence[str]) -> ModelVersion:

@@ -69,7 +69,7 @@ class Recipe:
     bins are of "equal" length, "learned" by clustering, or every time has its own entry of a "smooth" function.
     calibration: how diffusion times of the calibration pass are drawn; "none" if nothing here needs one.
     outlier_budget: exactly this many entries of a token, the largest, are x_S. cross_product: False drops x_S S^T.
-    repair_steps, repair_rank: distillation of the assembled network; its factors join L and R.
+    repair_steps, repair_rank: distillation of the assembled network; it learns biases, and factors that join L and R.
     overrides: (pattern of layer names, changed fields) pairs; the first pattern that matches counts.
     """
 
@@ -176,7 +176,7 @@ class Recipe:
              not static and (self.act_bins, self.act_range, self.act_groups) != (1, "absmax", "equal")),
             ("outlier_budget and outlier_sigma exclude each other", bool(self.outlier_budget) and sigma is not None),
             ("a budget of outliers needs low-bit inputs", bool(self.outlier_budget) and not act),
-            ("repair takes both steps and a rank", bool(self.repair_steps) != bool(self.repair_rank)),
+            ("factors of a repair take steps", bool(self.repair_rank) and not self.repair_steps),
             (f'calibration is "none" only where nothing needs it, here {self.calibration!r}',
              self.needs_calibration != (self.calibration != "none")),
         )  # fmt: skip

@@ -1,13 +1,15 @@
-"""Repair a quantized network by a short distillation: a small product of two factors learned beside each frozen layer.
+"""Repair a quantized network by a short distillation: beside each frozen layer a product of two small factors is learned,
+and a shift of its bias.
 
-Guarantees: codes, scales, sparse entries and biases stay as they are; the network is handed back as it was, also when
+Guarantees: codes, scales and sparse entries stay as they are; the network is handed back as it was, also when
 the loss raises; for one seed and one loss the same factors on one kind of machine.
 Knows nothing of: the network, its data and the loss, which are the caller's.
 
-Forward, a layer computes exactly what it will compute later, rounding included, plus x R L^T. Backward, the rounding of
+Forward, a layer computes exactly what it will compute later, rounding included, plus x R L^T and the shift. Backward, the rounding of
 weights and inputs counts as the identity (straight-through).
 Source: Hu et al., LoRA, ICLR 2022, for the form; here L R^T starts from zero or from the largest part of what
-quantization lost (Guo et al., LQ-LoRA, ICLR 2024).
+quantization lost (Guo et al., LQ-LoRA, ICLR 2024). Rounding shifts means, which a bias takes back at no cost in bits
+(Nagel et al., Data-Free Quantization, ICCV 2019, by a closed form).
 """
 
 import math
@@ -27,8 +29,10 @@ from bitdgdm.quant.parts import LinearParts, factor_codes, merged
 from bitdgdm.quant.robust_pca import truncated_svd
 from bitdgdm.quant.transform import into, transform_of
 
-RATE = 1e-3
-"""Largest learning rate of AdamW; it rises over a tenth of the steps and falls to zero by a cosine."""
+RATE = 2e-4
+"""Largest learning rate of AdamW for factors; it rises over a tenth of the steps and falls to zero by a cosine."""
+
+_SHIFT_RATE = 1.0  # of the rate of factors
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,14 @@ class Factors:
 
     up: Tensor
     down: Tensor
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What was learned beside one layer. shift: float32[out], to be added to its bias, None if it has none."""
+
+    factors: Factors | None
+    shift: Tensor | None
 
 
 def repair(
@@ -50,11 +62,11 @@ def repair(
     rate: float = RATE,
     seed: int = 0,
     progress: Callable[[float], object] | None = None,
-) -> dict[str, Factors]:
-    """Learn factors for the QuantLinears of `network` and return them on the CPU, by name.
+) -> dict[str, Learned]:
+    """Learn factors and shifts for the QuantLinears of `network` and return them on the CPU, by name.
 
-    parts: what every QuantLinear of the network was made from. rank: of all, or by name; 0 adds nothing to a layer and
-    lets gradients pass it. loss: a scalar of step k, computed by running `network` with gradients.
+    parts: what every QuantLinear of the network was made from. rank: of all, or by name; a layer of rank 0 gets no
+    factors. loss: a scalar of step k, computed by running `network` with gradients.
     targets: full-precision weights [out, in] by name; factors start from the largest part of what is lost of them,
     without them from zero. Of a layer narrower than `rank` the factors have its width.
     progress is told the fraction of the steps that is done. Raises: ValueError if a loss isn't finite, if there is
@@ -63,7 +75,7 @@ def repair(
     ranks = (
         dict.fromkeys(parts, rank) if isinstance(rank, int) else {name: rank.get(name, 0) for name in parts}
     )
-    if max(ranks.values(), default=0) < 1 or steps < 1:
+    if not parts or min(ranks.values()) < 0 or steps < 1:
         raise ValueError(f"nothing to repair: {len(parts)} layers, rank {rank}, {steps} steps")
     there = {name for name, module in network.named_modules() if isinstance(module, QuantLinear)}
     if there != set(parts):
@@ -75,11 +87,14 @@ def repair(
         if ranks[name]
     }
     with _beside(network, parts, starts) as learned:
-        free = [factor for layer in learned.values() for factor in layer.parameters()]
-        optimizer = torch.optim.AdamW(free, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+        factors = [f for layer in learned.values() for f in (layer.up, layer.down) if f is not None]
+        shifts = [layer.shift for layer in learned.values() if layer.shift is not None]
+        groups = [{"params": factors, "times": 1.0}, {"params": shifts, "times": _SHIFT_RATE}]
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+        free = [*factors, *shifts]
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = rate * _warm(step, steps)
+                group["lr"] = rate * group["times"] * _warm(step, steps)
             value = loss(step)
             if not bool(torch.isfinite(value)):
                 raise ValueError(f"the loss of repair step {step} is {float(value.detach())}")
@@ -90,11 +105,18 @@ def repair(
             optimizer.step()
             if progress is not None:
                 progress((step + 1) / steps)
-        return {name: layer.factors() for name, layer in learned.items() if name in starts}
+        if not all(bool(torch.isfinite(p).all()) for p in free):
+            raise ValueError(f"what was learned is not finite after {steps} repair steps")
+        return {name: layer.learned() for name, layer in learned.items()}
 
 
 def joined(parts: LinearParts, found: Factors, bits: int) -> LinearParts:
-    """The parts with L R^T of `found` among their factors, stored in `bits` like those that they may have."""
+    """The parts with L R^T of `found` among their factors, stored in `bits` like those that they may have.
+
+    Raises: ValueError if the remainder is deflated by the factors: then they aren't only something added.
+    """
+    if parts.deflated:
+        raise ValueError("factors that deflate the remainder take no others; learn a bias only (rank 0)")
     t = transform_of(parts.premul, parts.shape[1], parts.smooth, parts.permutation, parts.swaps)
     new = store_factors(found.up, into(found.down.T, t).T.contiguous(), bits)
     both: dict[str, Any] = dict(new)
@@ -122,15 +144,20 @@ class _Beside(nn.Module):
         self.layer, self.weight = layer, weight.to(device)
         self.up = None if start is None else nn.Parameter(start.up.to(device))
         self.down = None if start is None else nn.Parameter(start.down.to(device))
+        self.shift = None if layer.bias is None else nn.Parameter(torch.zeros_like(layer.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         straight = F.linear(x, self.weight)
         y = straight + (self.layer(x) - straight).detach()
-        return y if self.up is None or self.down is None else y + (x @ self.down) @ self.up.T
+        if self.up is not None and self.down is not None:
+            y = y + (x @ self.down) @ self.up.T
+        return y if self.shift is None else y + self.shift
 
-    def factors(self) -> Factors:
-        assert self.up is not None and self.down is not None
-        return Factors(self.up.detach().cpu().clone(), self.down.detach().cpu().clone())
+    def learned(self) -> Learned:
+        up, down, shift = (
+            None if p is None else p.detach().cpu().clone() for p in (self.up, self.down, self.shift)
+        )
+        return Learned(None if up is None or down is None else Factors(up, down), shift)
 
 
 @contextmanager

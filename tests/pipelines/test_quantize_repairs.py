@@ -48,10 +48,11 @@ def test_a_recipe_with_repair_stores_its_factors_and_reports_the_repaired_layers
     assert paths[0].read_bytes() == paths[1].read_bytes()
     artifact = load_artifact(paths[0])
     assert artifact.layers
-    for name, (parts, _, _) in artifact.layers.items():
+    for name, (parts, bias, _) in artifact.layers.items():
         report = artifact.header.layers[name]
         assert parts.proj_up is not None and report.rank == 2
         assert report.stored_bits == stored_bits(parts)
+        assert bias is not None and not torch.equal(bias.float(), source.weights[f"{name}.bias"].float())
         w = source.weights[f"{name}.weight"].double()
         assert report.relative_error == pytest.approx(float((merged(parts) - w).norm() / w.norm()), rel=1e-4)
 

@@ -104,7 +104,7 @@ def test_a_recipe_cannot_be_changed():
         {"act_scale": "static"},
         {"outlier_sigma": 3.0, "outlier_budget": 2},
         {"act_bits": 16, "outlier_budget": 2},
-        {"repair_steps": 10},
+        {"repair_rank": 4},
         {"smooth_strength": 1.5},
         {"overrides": (("*", (("weight_bits", 5),)),)},
         {"overrides": (("*", (("colour", 1),)),)},

@@ -1,5 +1,7 @@
 """Run: .venv/bin/python -m pytest tests/quant/test_repair.py -q"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from bitdgdm.quant.linear import QuantLinear
 from bitdgdm.quant.parts import LinearParts, factors, low_rank, merged
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import get_recipe
-from bitdgdm.quant.repair import Factors, joined, repair
+from bitdgdm.quant.repair import Factors, Learned, joined, repair
 from bitdgdm.quant.stats import stats_of_rows
 
 W3 = Recipe("test-w3a8", weight_bits=3, act_bits=8)
@@ -40,14 +42,14 @@ def full(net: nn.Sequential, weights: dict[str, Tensor]) -> nn.Sequential:
 
 
 def rebuilt(
-    net: nn.Sequential, parts: dict[str, LinearParts], found: dict[str, Factors], recipe: Recipe
+    net: nn.Sequential, parts: dict[str, LinearParts], found: dict[str, Learned], recipe: Recipe
 ) -> nn.Module:
-    layers = [
-        QuantLinear.from_parts(
-            joined(parts[name], found[name], recipe.factor_bits), net[int(name)].bias, recipe
-        )  # type: ignore[arg-type]
-        for name in ("0", "2")
-    ]
+    layers = []
+    for name in ("0", "2"):
+        factors, shift = found[name].factors, found[name].shift
+        assert factors is not None and shift is not None
+        bias = net[int(name)].bias + shift  # type: ignore[operator]
+        layers.append(QuantLinear.from_parts(joined(parts[name], factors, recipe.factor_bits), bias, recipe))
     return nn.Sequential(layers[0], nn.ReLU(), layers[1])
 
 
@@ -80,7 +82,9 @@ def test_the_start_is_the_best_product_of_that_rank_for_what_was_lost() -> None:
         lost = (w - merged(parts[name])).double()
         u, s, v = torch.linalg.svd(lost)
         best = (u[:, :3] * s[:3]) @ v[:3]
-        torch.testing.assert_close((found[name].up @ found[name].down.T).double(), best, atol=1e-5, rtol=1e-4)
+        factors, shift = found[name].factors, found[name].shift
+        assert factors is not None and shift is not None and not shift.any()
+        torch.testing.assert_close((factors.up @ factors.down.T).double(), best, atol=1e-5, rtol=1e-4)
 
 
 def test_what_is_learned_is_what_the_joined_layer_computes() -> None:
@@ -143,11 +147,26 @@ def test_one_seed_gives_the_same_factors() -> None:
         net, parts, weights = quantized(W3)
         x = torch.randn(16, 16, generator=torch.Generator().manual_seed(3))
         wanted = full(net, weights)(x)
-        return repair(net, parts, lambda _: (net(x) - wanted).square().mean(), steps=5, rank=2, seed=seed)[
+        found = repair(net, parts, lambda _: (net(x) - wanted).square().mean(), steps=5, rank=2, seed=seed)[
             "0"
-        ].down
+        ]
+        assert found.factors is not None
+        return found.factors.down
 
     assert torch.equal(once(1), once(1)) and not torch.equal(once(1), once(2))
+
+
+def test_a_bias_takes_back_the_mean_that_rounding_shifted() -> None:
+    """One layer, no factors: the best shift is minus the mean error of the output."""
+    net, parts, weights = quantized(Recipe("test-w8a4", weight_bits=8, act_bits=4, act_asymmetric=True))
+    one, x = nn.Sequential(net[0]), torch.rand(4096, 16, generator=torch.Generator().manual_seed(6)) ** 3
+    wanted = full(net, weights)[0](x)
+    error = (one(x) - wanted).mean(0)
+    found = repair(
+        one, {"0": parts["0"]}, lambda _: (one(x) - wanted).square().mean(), steps=200, rank=0, rate=1e-3
+    )["0"]
+    assert found.factors is None and found.shift is not None
+    assert (found.shift + error).norm() < 0.05 * error.norm()
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -177,17 +196,23 @@ def test_a_layer_without_rank_is_left_alone_and_lets_gradients_pass() -> None:
     found = repair(
         net, parts, lambda _: (net(x) - teacher(x)).square().mean(), steps=30, rank={"0": 3}, rate=5e-3
     )
-    assert set(found) == {"0"} and found["0"].down.shape == (16, 3)
-    assert float(found["0"].up.abs().max()) > 1e-3  # it began at zero
+    assert found["2"].factors is None and found["2"].shift is not None and found["2"].shift.any()
+    factors = found["0"].factors
+    assert factors is not None and factors.down.shape == (16, 3)
+    assert float(factors.up.abs().max()) > 1e-3  # it began at zero
 
 
 def test_bad_requests_are_refused() -> None:
     net, parts, _ = quantized(get_recipe("rtn-w4a4"))
-    for rank, steps in ((0, 3), (2, 0), ({}, 3)):
+    with pytest.raises(ValueError, match="learn a bias only"):
+        joined(replace(parts["0"], deflated=True), Factors(torch.ones(24, 1), torch.ones(16, 1)), 8)
+    for rank, steps in ((-1, 3), (2, 0)):
         with pytest.raises(ValueError, match="nothing to repair"):
             repair(net, parts, lambda _: torch.ones(()), rank=rank, steps=steps)
     with pytest.raises(ValueError, match="loss of repair step 0 is nan"):
         repair(net, parts, lambda _: net(torch.ones(1, 16)).sum() * float("nan"), steps=1, rank=2)
+    with pytest.raises(ValueError, match="what was learned is not finite"):
+        repair(net, parts, lambda _: (net(torch.ones(1, 16)).sum() * 0).sqrt(), steps=1, rank=2)
     with pytest.raises(ValueError, match="layers differ: 2"):
         repair(net, {"0": parts["0"]}, lambda _: torch.ones(()), steps=1, rank=2)
     plain = nn.Sequential(nn.Linear(16, 24))
