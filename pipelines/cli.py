@@ -10,7 +10,13 @@ from typing import Annotated
 import typer
 
 from bitdgdm.infra.version import code_version
-from bitdgdm.pipelines import commands_campaign, commands_evaluate, commands_host, commands_models
+from bitdgdm.pipelines import (
+    commands_campaign,
+    commands_evaluate,
+    commands_host,
+    commands_models,
+    commands_search,
+)
 from bitdgdm.pipelines.console import run
 
 app = typer.Typer(
@@ -41,6 +47,7 @@ def root(
 
 app.command("demo")(commands_host.demo)
 app.command("quantize")(commands_models.quantize)
+app.command("search")(commands_search.search)
 app.command("generate")(commands_campaign.generate)
 app.command("status")(commands_campaign.status)
 app.command("report")(commands_campaign.report)

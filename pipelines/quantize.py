@@ -29,7 +29,7 @@ from bitdgdm.pipelines.progress import ProgressBar
 from bitdgdm.quant.artifact import ArtifactHeader, Layer, load_artifact, save_artifact
 from bitdgdm.quant.layer_report import report
 from bitdgdm.quant.recipe import Recipe
-from bitdgdm.quant.recipe_book import get_recipe
+from bitdgdm.quant.recipe_book import open_recipe
 
 _CHANGED_BY_REPAIR = (
     "rank", "relative_error", "sqnr_db", "stored_bits", "bits_per_weight", "output_error",
@@ -66,7 +66,7 @@ def quantize(
     Raises: UnknownRecipe, ModelNotFound, NotFinite, LayerFailed, RepairFailed, RegistryUnavailable.
     """
     started = time.monotonic()
-    recipe = get_recipe(recipe_name)  # refused before anything is read
+    recipe = open_recipe(recipe_name)  # refused before anything is read
     if aliases and not register:
         raise BadInput("an alias needs a registered name. Add --register NAME")
     resolved, source = _open_source(uri)

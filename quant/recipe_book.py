@@ -5,7 +5,10 @@ says in one line what it does, what it costs and where it is from. The first one
 Knows nothing of: how a recipe is carried out, and how good it is (benchmarks/results says that).
 """
 
-from bitdgdm.infra.errors import UnknownRecipe
+import json
+from pathlib import Path
+
+from bitdgdm.infra.errors import BadInput, UnknownRecipe
 from bitdgdm.quant.own_recipes import OWN
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.rival_recipes import RIVALS
@@ -53,7 +56,10 @@ METHOD = (
     DEFAULT.changed(name="bitdgdm-w4a4-r16-s1-f16", summary="rank study: rank 16", **_IN_16_BIT),
     DEFAULT.changed(name="bitdgdm-w4a4-r32-s1-f16", rank=32, summary="rank study: rank 32", **_IN_16_BIT),
     DEFAULT.changed(
-        name="bitdgdm-w4a4-r16-s5-f16", alpha=0.05, summary="rank 16 + 5 % sparse + 4-bit remainder", **_IN_16_BIT
+        name="bitdgdm-w4a4-r16-s5-f16",
+        alpha=0.05,
+        summary="rank 16 + 5 % sparse + 4-bit remainder",
+        **_IN_16_BIT,
     ),
     DEFAULT.changed(
         name="bitdgdm-r1-w4a4-r16-s5",
@@ -106,11 +112,18 @@ METHOD = (
     ),
     _solved_by("svd", "svd", "truncated SVD", "a truncated SVD, then the largest of what it leaves"),
     _solved_by("altproj", "altproj", "Netrapalli et al., NeurIPS 2014", "alternating projections"),
-    _solved_by("lrpca", "lrpca", "Cai, Liu, Yin, NeurIPS 2021", "Learned RPCA with a schedule that needs no data"),
     _solved_by(
-        "lrpca-trained", "lrpca-trained", "Cai, Liu, Yin, NeurIPS 2021", "Learned RPCA with a trained schedule"
+        "lrpca", "lrpca", "Cai, Liu, Yin, NeurIPS 2021", "Learned RPCA with a schedule that needs no data"
     ),
-    _solved_by("pcp", "pcp", "Candes et al., J. ACM 58(3), 2011", "principal component pursuit (convex, ADMM)"),
+    _solved_by(
+        "lrpca-trained",
+        "lrpca-trained",
+        "Cai, Liu, Yin, NeurIPS 2021",
+        "Learned RPCA with a trained schedule",
+    ),
+    _solved_by(
+        "pcp", "pcp", "Candes et al., J. ACM 58(3), 2011", "principal component pursuit (convex, ADMM)"
+    ),
     DEFAULT.changed(
         name="bitdgdm-pursuit-w4a4-r16-s1",
         solver="outlier-pursuit",
@@ -153,3 +166,23 @@ def get_recipe(name: str) -> Recipe:
         if recipe.name == name:
             return recipe
     raise UnknownRecipe(name, (recipe.name for recipe in _RECIPES))
+
+
+def open_recipe(name: str) -> Recipe:
+    """A registered recipe by its name, or that of a JSON file (`Recipe.to_dict`), as `bitdgdm search` writes it.
+
+    Raises: UnknownRecipe; BadInput for a file that isn't there or holds no recipe.
+    """
+    if not name.endswith(".json"):
+        return get_recipe(name)
+    path = Path(name)
+    if not path.is_file():
+        raise BadInput(
+            f"there is no recipe file {name}. Write one with: bitdgdm search MODEL --bits 4.3 --out {name}"
+        )
+    try:
+        return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{name} holds no recipe ({error}). Write one with: bitdgdm search MODEL --bits 4.3 --out {name}"
+        ) from error
