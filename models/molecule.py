@@ -18,7 +18,7 @@ import pyarrow as pa
 from rdkit import Chem, RDConfig, rdBase
 from rdkit.Chem import QED, Crippen, Descriptors, rdMolDescriptors
 
-from bitdgdm.models.alerts import structural_alerts
+from bitdgdm.models.alerts import qed_alerts, structural_alerts
 from bitdgdm.models.decode import RDKIT_ERRORS, Decoded, decode
 from bitdgdm.models.digress_config import DigressConfig
 from bitdgdm.models.novelty import ReferenceSet
@@ -64,12 +64,36 @@ def _sascorer() -> ModuleType:
     return module
 
 
+def _qed(molecule: Chem.Mol) -> float:
+    """QED.qed to the last bit, without searching for alerts that the molecule has no atoms for."""
+    atoms = list(molecule.GetAtoms())
+    if any(atom.GetAtomicNum() == 1 for atom in atoms):
+        return QED.qed(molecule)  # it takes hydrogens away first
+    rings = 0  # those left when aliphatic ones are deleted
+    if any(atom.GetIsAromatic() for atom in atoms):
+        rings = len(Chem.GetSSSR(Chem.DeleteSubstructs(Chem.Mol(molecule), QED.AliphaticRings)))
+    strict = rdMolDescriptors.NumRotatableBondsOptions.Strict
+    return QED.qed(
+        molecule,
+        qedProperties=QED.QEDproperties(
+            MW=Descriptors.MolWt(molecule),
+            ALOGP=Crippen.MolLogP(molecule),
+            HBA=sum(len(molecule.GetSubstructMatches(pattern)) for pattern in QED.Acceptors),
+            HBD=rdMolDescriptors.CalcNumHBD(molecule),
+            PSA=rdMolDescriptors.CalcTPSA(molecule),
+            ROTB=rdMolDescriptors.CalcNumRotatableBonds(molecule, strict),
+            AROM=rings,
+            ALERTS=qed_alerts(molecule),
+        ),
+    )
+
+
 _PROPERTIES: Mapping[str, Callable[[Chem.Mol], float]] = {
     "n_heavy_atoms": Chem.Mol.GetNumHeavyAtoms,
     "mw": Descriptors.MolWt,
     "logp": Crippen.MolLogP,
     "tpsa": rdMolDescriptors.CalcTPSA,
-    "qed": QED.qed,
+    "qed": _qed,
     "sa_score": lambda molecule: _sascorer().calculateScore(molecule),
     "hbd": rdMolDescriptors.CalcNumHBD,
     "hba": rdMolDescriptors.CalcNumHBA,
