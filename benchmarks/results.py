@@ -3,17 +3,21 @@
 Run: make results, or: python benchmarks/results.py [--check]
 
 A table stands between `<!-- results QUESTION: METRIC as TITLE; ... -->` and `<!-- /results -->`: one line a case and
-hardware, one column a metric. `<!-- results all -->` gives every row of every file, with what it was measured on.
---check changes nothing and fails if a table is not what the files give.
+hardware, one column a metric. `<!-- results all -->` gives every row of every file but the scoreboard's, with what it
+was measured on; `scoreboard`, `scoreboard ranks`, `scoreboard ablations` and `scoreboard pictures` give that one's.
+Pictures go to docs/pictures. --check changes nothing and fails if a table is not what the files give.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent))  # also for a test, which loads this file by its path
+import scoreboard_page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,7 +27,14 @@ KEYS = {
 }  # fmt: skip
 _PLACE = re.compile(r"(<!-- results (?P<what>[^>]+?) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
 
+PICTURES = ROOT / "docs" / "pictures"
 Row = dict[str, Any]
+_SCOREBOARD: dict[str, Callable[[Sequence[Row]], str]] = {
+    "scoreboard": scoreboard_page.section,
+    "scoreboard ranks": scoreboard_page.ranks,
+    "scoreboard ablations": scoreboard_page.ablations,
+    "scoreboard pictures": lambda rows: scoreboard_page.gallery(rows, PICTURES),
+}
 
 
 def read_results(folder: Path = RESULTS) -> list[Row]:
@@ -44,9 +55,15 @@ def fill(text: str, rows: Sequence[Row]) -> str:
 
 def table(what: str, rows: Sequence[Row]) -> str:
     """Return the Markdown that belongs under the marker `what`."""
+    if what in _SCOREBOARD:
+        return _SCOREBOARD[what](rows)
     if what == "all":
         return (
-            "".join(_question(name, [r for r in rows if r["question"] == name]) for name in _names(rows))
+            "".join(
+                _question(name, [r for r in rows if r["question"] == name])
+                for name in _names(rows)
+                if name != scoreboard_page.QUESTION
+            )
             or _none()
         )
     question, _, wanted = what.partition(":")
@@ -113,6 +130,8 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true")
     check, rows, stale = parser.parse_args().check, read_results(), []
+    if not check:
+        scoreboard_page.write_pictures(rows, PICTURES)
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = page.read_text(encoding="utf-8")
         new = fill(old, rows)

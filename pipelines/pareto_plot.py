@@ -54,11 +54,13 @@ def figure_of(width: float, height: float, columns: int = 1) -> tuple[Figure, li
     return figure, list(axes)
 
 
-def pareto(points: Sequence[Point], x: str, y: str, title: str, *, log_x: bool = False, log_y: bool = False,
-           best: str = "low", label_all: bool = False) -> Figure | None:  # fmt: skip
+def pareto(
+    points: Sequence[Point], x: str, y: str, title: str, *, log_x: bool = False, log_y: bool = False, best: str = "low",
+    label_all: bool = False, level: tuple[str, float] | None = None,
+) -> Figure | None:  # fmt: skip
     """Return points with the front that nothing beats: small x, and small y (best "low") or large y ("high").
 
-    Points of the front are labelled, or all of them if label_all.
+    Points of the front are labelled, or all of them if label_all. level: a named height to compare with.
     """
     shown = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y) and (p.y > 0 or not log_y)]
     if not shown:
@@ -93,6 +95,19 @@ def pareto(points: Sequence[Point], x: str, y: str, title: str, *, log_x: bool =
             yscale="log" if log_y else "linear",
         )
         axes.margins(x=0.12, y=0.1)
+        if level is not None:
+            axes.axhline(level[1], color="#000000", linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+            axes.text(
+                0.995,
+                level[1],
+                level[0],
+                transform=axes.get_yaxis_transform(),
+                ha="right",
+                va="bottom",
+                fontsize=7.5,
+            )
+        if log_y:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         if log_x:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axes.xaxis.set_minor_formatter(
@@ -151,8 +166,9 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], all_points: Sequ
                 place = box
         assert best is not None
         taken.append(place)
+        far = {"arrowstyle": "-", "color": "#aeb6bc", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(p.label, (p.x, p.y), xytext=(best[1], best[2]), textcoords="offset points", fontsize=7.5,
-                      ha=best[3], va="bottom", color="#333c44")  # fmt: skip
+                      ha=best[3], va="bottom", color="#333c44", arrowprops=far if abs(best[2]) > 7 else None)  # fmt: skip
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
