@@ -26,15 +26,18 @@ from bitdgdm.quant.transform import Transform, forward, transform_of
 
 
 class QuantLinear(nn.Module):
-    """A drop-in for nn.Linear. x: float[..., in] -> [..., out] in the dtype of x; inside everything is
-    float32.
+    """A drop-in for nn.Linear. x: float[..., in] -> [..., out] in the dtype of x; inside everything is float32.
 
-    Buffers: `codes` (integers, or e4m3 values, as float32[out, in]; [R, in] without a remainder) and `scale` float32[out]
-    (or [out, groups], or [R]), or `weight` where nothing is rounded at run time; `up` = L float32[out, R] without a
-    remainder; `basis` = R float32[in, R] and `basis_up` = L float32[out, R] of the metric "input"; `side` float32[out, in], what is multiplied by all of x' (L R^T + S, or one of them), `sparse` = S where
-    only inliers meet it; `columns` int64[c] and `column_value` float32[out, c], `inner_channels` float32[in] 0 there, else 1; `bias` float32[out]; `tau` float32[in];
-    `low`, `high` float32[bins], `bin_of_t` int64[T + 1] and `time_bin` int64[1] of a static table; `factor`,
-    `permutation`, `blocks` of the transform. Unused ones are None.
+    Buffers; those that a recipe doesn't use are None:
+    `weight` float32[out, in]: all of W, where inputs aren't rounded; else
+    `codes` float32[out, in]: integers or e4m3 values; of R, [R, in], without a remainder;
+    `scale` float32[out], [out, groups], or [R];
+    `side` float32[out, in]: what all of x' meets, L R^T + S or one of them; `sparse`: S, where only inliers meet it;
+    `up` float32[out, R]: L, without a remainder;
+    `basis` float32[in, R] and `basis_up` float32[out, R]: R and L of the metric "input";
+    `columns` int64[c], `column_value` float32[out, c], and `inner_channels` float32[in], 0 in the columns, else 1;
+    `low`, `high` float32[bins], `bin_of_t` int64[T + 1] and `time_bin` int64[1]: of a static table;
+    `factor`, `permutation`, `blocks`: of the transform; `bias` float32[out]; `tau` float32[in].
     """
 
     codes: Tensor | None
@@ -74,9 +77,7 @@ class QuantLinear(nn.Module):
         for name, tensor, length in (("bias", bias, self.out_features), ("tau", tau, self.in_features)):
             if tensor is not None and tuple(tensor.shape) != (length,):
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, the weight needs [{length}]")
-        tables: dict[str, Tensor | None] = {"weight": merged(parts)}
-        if recipe.act_quantized:
-            tables = _run_time(parts, recipe)
+        tables = _run_time(parts, recipe) if recipe.act_quantized else _whole(parts)
         if recipe.act_quantized and recipe.outlier_sigma is not None and tau is not None:
             tables["tau"] = _inner_tau(tau.detach().float().clone(), recipe, tables.get("factor"))
         tables["bias"] = None if bias is None else bias.detach().float().clone()
@@ -174,6 +175,11 @@ def set_time(network: nn.Module, t: Tensor) -> None:
     first = t.reshape(-1)[:1].to(torch.int64)
     for layer in layers:
         layer.set_time(first)
+
+
+def _whole(parts: LinearParts) -> dict[str, Tensor | None]:
+    """The one buffer of a layer that doesn't round its input."""
+    return {"weight": merged(parts)}
 
 
 def _run_time(parts: LinearParts, recipe: Recipe) -> dict[str, Tensor | None]:

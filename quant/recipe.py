@@ -64,7 +64,8 @@ class Recipe:
     of W' weighted by its inputs' size ("sensitivity"), or W's salient entries ("salient").
     columns: whole input channels C kept in 16 bit with their activations, by `column_choice`.
     premul, smooth_strength: the transform T of the input.
-    act_format: "int", "fp8", or "log" (powers of two, for inputs that are never negative). act_scale: one per "token", at run time; a "static" table per time bin; or "one" (fp8).
+    act_format: "int", "fp8", or "log" (powers of 2^(1/4), for inputs that are never negative).
+    act_scale: one per "token", at run time; a "static" table per time bin; or "one" (fp8).
     act_bins, act_range, act_groups: of the static table: how many time bins, how a bin's range is chosen, and whether
     bins are of "equal" length, "learned" by clustering, or every time has its own entry of a "smooth" function.
     calibration: how diffusion times of the calibration pass are drawn; "none" if nothing here needs one.
