@@ -119,9 +119,12 @@ def solver_rows(device: str, runs: int, enough_s: float) -> list[dict[str, Any]]
             return [solve(w, RANK, ALPHA) for w in batches]
 
         seconds: list[float] = []
+        busy: list[float] = []
         while len(seconds) < runs and sum(seconds) < enough_s:
+            began = time.process_time()
             took, found = timed(all_groups)
             seconds.append(took)
+            busy.append(time.process_time() - began)
         left = [
             float(one)
             for w, f in zip(batches, found, strict=True)
@@ -130,6 +133,8 @@ def solver_rows(device: str, runs: int, enough_s: float) -> list[dict[str, Any]]
         where = "one GPU" if device == "cuda" else f"{torch.get_num_threads()} thread"
         case = f"solver {name}, rank {RANK}, alpha {ALPHA:.0%}, {len(left)} Linears, {where}"
         rows.append(row(QUESTION, case, "wall time", seconds, "s"))
+        if device == "cpu":
+            rows.append(row(QUESTION, case, "processor time", busy, "s"))
         rows.append(
             row(QUESTION, case, "left without a remainder", statistics.median(left), "", n=len(left),
                 spread=f"worst {max(left):.4f}")
@@ -188,7 +193,9 @@ def seen_inputs(names: Sequence[str], device: str) -> tuple[dict[str, Stats], li
     return found, rows
 
 
-def on_cpu(names: list[str], workers: list[int], runs: int, enough_s: float) -> list[dict[str, Any]]:
+def on_cpu(
+    names: list[str], measured: list[str], workers: list[int], runs: int, enough_s: float
+) -> list[dict[str, Any]]:
     one_thread()
     stats, rows = seen_inputs(names, "cpu")
     found: dict[str, Found] = {}
@@ -209,7 +216,7 @@ def on_cpu(names: list[str], workers: list[int], runs: int, enough_s: float) -> 
             rows.append(row(QUESTION, case, "processor time", busy[name], "s"))
     for name in names:
         rows += quality_rows(name, found[name])
-        if not get_recipe(name).needs_calibration:
+        if name in measured:
             case = f"{name}, {len(found[name])} Linears, 1 worker"
             rows.append(row(QUESTION, case, "peak memory", peak_gb(name), "GB", baseline=PUBLISHED))
     return rows
@@ -240,6 +247,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = [recipe.name for recipe in recipes() if recipe.weight_quantized]
+    free = [recipe.name for recipe in recipes() if recipe.weight_quantized and not recipe.needs_calibration]
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--recipes", nargs="*", default=known, choices=known, metavar="NAME")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="CPU processes")
@@ -250,6 +258,10 @@ def main() -> None:
     parser.add_argument(
         "--compare", nargs="*", default=list(COMPARED), choices=known, metavar="NAME", help="GPU with CPU"
     )
+    parser.add_argument(
+        "--memory", nargs="*", default=list(COMPARED), choices=free, metavar="NAME", help="CPU peak of these"
+    )
+    parser.add_argument("--busy", action="store_true", help="the machine does other work: no wall times")
     parser.add_argument("--no-solvers", action="store_true", help="leave out the solvers' own rows")
     parser.add_argument("--alone", choices=known, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -263,11 +275,13 @@ def main() -> None:
     if a.device == "cuda":
         rows = on_gpu(a.recipes, a.compare, a.runs, a.enough)
     else:
-        rows = on_cpu(a.recipes, a.workers, a.runs, a.enough)
+        rows = on_cpu(a.recipes, a.memory, a.workers, a.runs, a.enough)
     if not a.no_solvers:
         if a.device == "cpu":
             one_thread()
         rows += solver_rows(a.device, a.runs, a.enough)
+    if a.busy:
+        rows = [r for r in rows if r["metric"] != "wall time"]
     print(keep(QUESTION, rows))
 
 
