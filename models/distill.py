@@ -19,8 +19,8 @@ from bitdgdm.models.divergence import EDGE_WEIGHT, Predictions, States, own_stat
 from bitdgdm.models.engine import TorchEngine
 from bitdgdm.models.features import network_input
 from bitdgdm.models.source import SourceModel
+from bitdgdm.quant.artifact import Layer
 from bitdgdm.quant.linear import QuantLinear, set_time
-from bitdgdm.quant.parts import LinearParts
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.repair import Learned, joined, repair
 
@@ -28,9 +28,6 @@ BATCH = 16
 """Molecules of one step."""
 
 _SHOWN = 0.3  # of the time that the whole takes, drawing the molecules
-
-Layer = tuple[LinearParts, Tensor | None, Tensor | None]
-"""Parts, bias [out] or None, tau [in] or None, as in the artifact."""
 
 
 def repaired(

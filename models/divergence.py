@@ -97,7 +97,7 @@ def held_out_states(
     times, total = min(times, len(graphs), config.diffusion_steps), config.diffusion_steps
     batches = []
     for k in range(times):
-        part, ids = _every(graphs, k, times), torch.arange(k, len(graphs), times)
+        part, ids = graphs[slice(k, None, times)], torch.arange(k, len(graphs), times)
         t = (2 * k + 1) * total // (2 * times) + 1
         batches.append(one_hot_states(noised(part, t, config, seed, ids), t, config))
     return batches
@@ -276,7 +276,3 @@ def _percentiles(values: NDArray[np.float64], confidence: float) -> tuple[float,
 
 def _ratio(values: Tensor, counts: Tensor) -> float:
     return float(values.sum() / counts.sum().clamp(min=1))
-
-
-def _every(graphs: Graphs, first: int, stride: int) -> Graphs:
-    return graphs[slice(first, None, stride)]
