@@ -73,11 +73,13 @@ def decompose_group(
         for e, m, p, seen_here in zip(extras, w, parts, stats, strict=True):
             e["output_error"] = output_error(m, p, recipe, seen_here)
     if contributions and recipe.weight_quantized:
+        found = {recipe: parts}  # without its only part a recipe is the same as without all of them
         for field, smaller in _without(recipe).items():
-            others = (
-                parts if field == "outliers" and recipe.act_scale != "static" else _split(w, smaller, seen)[0]
-            )
-            _measure(field, extras, w, smaller, others, stats)
+            if field == "outliers" and recipe.act_scale != "static":
+                found[smaller] = parts
+            if smaller not in found:
+                found[smaller], _ = _split(w, smaller, seen)
+            _measure(field, extras, w, smaller, found[smaller], stats)
     seconds = (time.perf_counter() - begin) / len(parts)
     return [(p, report(m, p, seconds=seconds, **e)) for m, p, e in zip(w, parts, extras, strict=True)]
 

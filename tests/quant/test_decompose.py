@@ -35,9 +35,8 @@ def worst_error(recipe):
     """What heavy-tailed weights of any size may lose; R1 and one bit lose most of them."""
     if not recipe.remainder or recipe.weight_bits == 1:
         return 1.0
-    if recipe.weight_format == "fp8":
-        return 0.05
     nearest = {3: 0.6, 4: 0.3, 6: 0.08}.get(recipe.weight_bits, 0.02)
+    nearest = 0.05 if recipe.weight_format == "fp8" else nearest
     return nearest if recipe.rounding == "nearest" else 2 * nearest  # those trade it for the output's error
 
 
