@@ -52,7 +52,8 @@ from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import recipes
 from bitdgdm.tasks.score_unit import Scoring
 
-QUESTION, MODEL, FULL = "scoreboard", "builtin:digress-qm9", "full-precision"
+QUESTION, MODEL = "scoreboard", "builtin:digress-qm9"
+FULL, FULL_KERNELS = "full-precision", "full-precision-bf16-kernels"  # pseudo-recipes, sampled only
 MARK = "recipe version"
 BEGAN = time.monotonic()
 _CHUNK = 256
@@ -235,8 +236,8 @@ def score(
     return quality(table, reference, device=board.device, pool=pool)
 
 
-def sample(names: list[Recipe | None], board: Board, limit: float) -> list[str]:
-    """Draw and judge one recipe after the other; None is full precision. Starts none after `limit` seconds.
+def sample(names: list[str], book: dict[str, Recipe], board: Board, limit: float) -> list[str]:
+    """Draw and judge one recipe after the other. Starts none after `limit` seconds.
 
     Return the names of those that failed.
     """
@@ -258,8 +259,7 @@ def sample(names: list[Recipe | None], board: Board, limit: float) -> list[str]:
         ThreadPoolExecutor(1) as judges,
     ):
         reference = judges.submit(reference_profile, held_out_smiles(), device=board.device, pool=pool)
-        for recipe in names:
-            name = recipe.name if recipe else FULL
+        for name in names:
             case = sampled_case(name, board)
             if board.has(None, "validity", case):
                 say(f"{name}: sampled before")
@@ -268,7 +268,7 @@ def sample(names: list[Recipe | None], board: Board, limit: float) -> list[str]:
                 say(f"{name}: not begun, {limit:.0f} s are over")
                 continue
             with told(name, failed):
-                graphs = draw_one(recipe, case, board)
+                graphs = draw_one(name, book.get(name), board)
                 job = (graphs, case, board, pool, scoring)
                 waiting.append((case, judges.submit(lambda job: score(*job, reference.result()), job)))
             collect(False)
@@ -286,13 +286,12 @@ def told(name: str, failed: list[str]) -> Iterator[None]:
         failed.append(name)
 
 
-def draw_one(recipe: Recipe | None, case: str, board: Board) -> Graphs:
+def draw_one(name: str, recipe: Recipe | None, board: Board) -> Graphs:
     """Make the artifact if need be, draw all samples, keep time and memory."""
-    name = recipe.name if recipe else FULL
     engine = open_engine(name, make_artifact(recipe, board)[0] if recipe else MODEL, board)
     with peak_mb(board.device) as peak:
         graphs, seconds = draw(engine, board, name)
-    row = board.rows_of(case)
+    row = board.rows_of(sampled_case(name, board))
     how = (
         "our kernels"
         if not isinstance(engine, TorchEngine)
@@ -312,7 +311,9 @@ def main() -> None:
     """Parse the options and run."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
-        "--recipes", nargs="+", help="names; all of the book when left out (full-precision: only samples)"
+        "--recipes",
+        nargs="+",
+        help=f"names; all of the book when left out. {FULL!r} and {FULL_KERNELS!r} are only sampled",
     )
     p.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
@@ -330,7 +331,7 @@ def main() -> None:
     a = p.parse_args()
     book = {r.name: r for r in recipes()}
     asked = a.recipes or [r.name for r in recipes() if r.weight_quantized]
-    if unknown := [name for name in asked if name != FULL and name not in book]:
+    if unknown := [name for name in asked if name not in (FULL, FULL_KERNELS, *book)]:
         raise SystemExit(f"no recipe {', '.join(unknown)}. The book has: {', '.join(book)}")
     kept = results_file(QUESTION, a.results)
     with tempfile.TemporaryDirectory() as scratch:
@@ -341,7 +342,7 @@ def main() -> None:
             {(r["case"], r["metric"]): r for r in (read_rows(kept) if kept.exists() else [])},
         )  # fmt: skip
         failed: list[str] = []
-        todo = [book[name] for name in asked if name != FULL]
+        todo = [book[name] for name in asked if name in book]
         todo = [r for r in todo if not board.has(r, "KL, held-out molecules", r.name)]
         if todo:
             states = held_out_states(load_source(MODEL).config, molecules=a.molecules)
@@ -357,7 +358,7 @@ def main() -> None:
                 board.keep(judge(recipe, board, states, wanted))
                 say(f"{k + 1} of {len(todo)}: {recipe.name}")
         if a.samples:
-            failed += sample([book.get(name) for name in asked if name not in failed], board, a.limit)
+            failed += sample([name for name in asked if name not in failed], book, board, a.limit)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -80,7 +80,10 @@ def _table(board: dict[str, Metrics]) -> str:
         board.items(), key=lambda item: (_value(item[1], BITS, 99.0), _value(item[1], KL, 0.0))
     ):
         lines.append(
-            [f"`{name}`" if name != "full-precision" else name, *(_cell(of.get(m)) for m, _ in there)]
+            [
+                f"`{name}`" if not name.startswith("full-precision") else name,
+                *(_cell(of.get(m)) for m, _ in there),
+            ]
         )
     return _markdown(lines)
 

@@ -220,13 +220,19 @@ def _speed(row: Rows, exact: TorchEngine, ours: TorchEngine, batch: States) -> l
     """Seconds of one network call, both in turn."""
     engines = {"network call": ours, "network call, full precision": exact}
     times: dict[str, list[float]] = {name: [] for name in engines}
+    peaks: dict[str, float] = {}
     for run in range(_RUNS + 1):
         for name, engine in engines.items():
+            if engine.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
             batch.logits(engine)
             if run:  # the first one warms up
                 times[name].append(1e3 * (time.perf_counter() - began))
+            if engine.device.type == "cuda":  # both networks are there, so this is what a call adds to them
+                peaks[name] = (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()) / 1e6
     rows = [row(name, found, f"ms for {len(batch)} molecules", baseline="") for name, found in times.items()]
+    rows += [row(f"device memory of a {name}", peak, "MB", baseline="") for name, peak in peaks.items()]
     ratio = statistics.median(times["network call"]) / statistics.median(
         times["network call, full precision"]
     )
