@@ -7,11 +7,13 @@ Knows nothing of: networks and chemistry; a worker of tasks/sample_unit.py does 
 """
 
 import logging
+import os
 import queue
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,8 @@ log = logging.getLogger("bitdgdm.generate")
 STUCK_AFTER_S = 600.0
 MAX_RESTARTS = 20  # Ray Data's own default is for ever, also for a unit that always kills its worker
 POLL_S = 0.5
+MOST_SCORERS = 16  # processes that score beside a GPU
+WORTH_A_POOL = 5000  # molecules; each process takes some seconds to start
 Progress = Callable[[float], None]
 
 
@@ -65,7 +69,11 @@ def run_campaign(campaign: Campaign, store: Store, *, quiet: bool = False) -> Ou
     """
     started = time.monotonic()
     if campaign.code_version != code_version():
-        log.warning("started by code %s, continued by %s: same data if both compute alike", campaign.code_version, code_version())
+        log.warning(
+            "started by code %s, continued by %s: same data if both compute alike",
+            campaign.code_version,
+            code_version(),
+        )
     clear_quarantine(store)
     done = read_commits(store)
     missing = [u for u in _plan(campaign) if u.unit not in done]
@@ -113,16 +121,32 @@ def unit_job(campaign: Campaign, score_processes: int = 0) -> UnitJob:
 
 
 def _run_local(campaign: Campaign, store: Store, missing: Sequence[Unit], progress: Progress) -> None:
-    finished = 0
+    sizes, done = {u.unit: u.count for u in missing}, dict.fromkeys((u.unit for u in missing), 0.0)
+    lock = threading.Lock()
 
     def report(unit: int, fraction: float) -> None:
-        progress(finished + fraction * sizes[unit])
+        with lock:
+            done[unit] = fraction * sizes[unit]
+            progress(sum(done.values()))
 
-    sizes = {u.unit: u.count for u in missing}
-    worker = UnitWorker(unit_job(campaign), report)
-    for u in missing:
-        worker.run(u.unit, u.first_id, u.count)
-        finished += u.count
+    processes = local_processes(campaign, sum(sizes.values()), os.cpu_count() or 1)
+    worker = UnitWorker(unit_job(campaign, processes), report)
+    if not processes:
+        for u in missing:
+            worker.run(u.unit, u.first_id, u.count)
+        return
+    threads = ThreadPoolExecutor(2)  # one unit is sampled while the one before is scored
+    try:
+        for _ in threads.map(lambda u: worker.run(u.unit, u.first_id, u.count), missing):
+            pass
+    finally:
+        threads.shutdown(cancel_futures=True)  # after an error or an interrupt the units under way still end
+
+
+def local_processes(campaign: Campaign, molecules: int, cores: int) -> int:
+    """Return how many processes score beside a GPU: all cores but one; none for so few that a start takes longer."""
+    few = molecules < WORTH_A_POOL or cores < 3
+    return 0 if campaign.spec.device != "cuda" or few else min(MOST_SCORERS, cores - 1)
 
 
 def pool_shape(campaign: Campaign, on: Cluster, units: int) -> dict[str, Any]:
@@ -133,7 +157,8 @@ def pool_shape(campaign: Campaign, on: Cluster, units: int) -> dict[str, Any]:
     spec = campaign.spec
     if spec.device == "cuda":
         most = max(1, int(on.gpus / spec.gpus_per_worker))
-        claim: dict[str, Any] = {"num_gpus": spec.gpus_per_worker, "num_cpus": 0.5}
+        # two threads: one unit is sampled while the one before is scored
+        claim: dict[str, Any] = {"num_gpus": spec.gpus_per_worker, "num_cpus": 0.5, "max_concurrency": 2}
     else:
         most = on.cpus
         claim = {"num_cpus": 1}
@@ -151,8 +176,9 @@ def _run_ray(campaign: Campaign, store: Store, missing: Sequence[Unit], progress
         shape = pool_shape(campaign, attached, len(missing))
         size = shape.pop("size")
         # beside a GPU the other cores score molecules; on CPUs each core has its own actor
-        processes = min(16, attached.cpus // size - 1) if campaign.spec.device == "cuda" else 0
-        log.info("%d workers, %s each", size, ", ".join(f"{v} {k[4:]}" for k, v in shape.items()))
+        processes = min(MOST_SCORERS, attached.cpus // size - 1) if campaign.spec.device == "cuda" else 0
+        claims = (f"{v} {k[4:]}" for k, v in shape.items() if k.startswith("num_"))
+        log.info("%d workers, %s each", size, ", ".join(claims))
         rows = [{"unit": u.unit, "first_id": u.first_id, "count": u.count} for u in missing]
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             BoardedUnitWorker, fn_constructor_kwargs={"job": unit_job(campaign, processes), "board": board},
@@ -169,7 +195,9 @@ def _quiet_ray_data() -> None:
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = context.log_internal_stack_trace = False
-    context.max_consecutive_actor_init_deaths = 3  # a node that dies while an actor starts there is no reason to stop
+    context.max_consecutive_actor_init_deaths = (
+        3  # a node that dies while an actor starts there is no reason to stop
+    )
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # a failure is raised, and told by us
     # Ray 2.60 announces other names for max_restarts and max_task_retries, but has none yet
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")

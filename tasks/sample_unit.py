@@ -9,6 +9,7 @@ Knows nothing of: how many units or actors there are.
 import logging
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ from bitdgdm.infra.version import VERSION, code_version
 from bitdgdm.models.digress import DigressConfig
 from bitdgdm.models.engine import Engine, hardware_name, load_engine
 from bitdgdm.models.novelty import ReferenceSet
-from bitdgdm.models.sampler import sample_ids
-from bitdgdm.tasks.score_unit import Scorer, Scoring
+from bitdgdm.models.sampler import sample_batches
+from bitdgdm.tasks.score_unit import Scorer, Scoring, to_shard
 
 log = logging.getLogger("bitdgdm.sample")
 REPORT_EVERY_S = 1.0
@@ -61,7 +62,10 @@ class UnitJob:
 
 
 class UnitWorker:
-    """Holds one engine on one device and turns units into committed shards."""
+    """Holds one engine on one device and turns units into committed shards.
+
+    Two threads keep the device busy: one unit is sampled while the one before is scored and committed.
+    """
 
     def __init__(self, job: UnitJob, report: Callable[[int, float], object] | None = None) -> None:
         self._job = job
@@ -70,6 +74,7 @@ class UnitWorker:
         self._engine: Engine = open_engine(self._store, job)
         self._config: DigressConfig = self._engine.config
         reference = open_reference(self._store, job)
+        self._sampling = threading.Lock()
         self._scorer = Scorer(Scoring(self._config, reference, job.score, job.alerts), job.score_processes)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -103,16 +108,18 @@ class UnitWorker:
 
     def _attempt(self, unit: int, first_id: int, count: int) -> str:
         job, started, attempt = self._job, time.monotonic(), new_attempt()
-        graphs = sample_ids(
-            self._engine, self._config, job.seed, first_id, count, job.steps, job.micro_batch,
-            on_progress=self._progress(unit),
-        )  # fmt: skip
+        with self._sampling:  # one unit on the device; another thread's unit may be scored meanwhile
+            batches = sample_batches(
+                self._engine, self._config, job.seed, first_id, count, job.steps, job.micro_batch,
+                on_progress=self._progress(unit),
+            )  # fmt: skip
+            parts = [self._scorer.begin(graphs, first) for first, graphs in batches]
         # the released version only: a resume from another commit must give the same bytes; the record has the commit
         footer = {
             "schema_version": 1, "unit": unit, "seed": job.seed, "steps": job.steps, "fingerprint": job.fingerprint,
             "model": job.model, "engine": job.engine, "precision": job.precision, "hardware": hardware_name(self._engine.device), "code_version": VERSION,
         }  # fmt: skip
-        shard, stats, rows = self._scorer.shard(graphs, first_id, footer)
+        shard, stats, rows = to_shard([part() for part in parts], footer)
         record = CommitRecord.describe(
             shard, unit=unit, attempt=attempt, rows=rows, first_id=first_id, fingerprint=job.fingerprint,
             artifact_digest=job.model["digest"], recipe=job.model["recipe"], hardware=footer["hardware"],

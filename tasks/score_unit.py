@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class Scorer:
     """Scores units in this process, or in `processes` of them when a GPU would wait for RDKit."""
 
     def __init__(self, scoring: Scoring, processes: int = 0) -> None:
-        self._scoring, self._processes = scoring, processes
+        self._scoring, self._processes, self._lock = scoring, processes, threading.Lock()
         self._pool = self._start() if processes > 1 else None
 
     def _start(self) -> ProcessPoolExecutor:
@@ -81,28 +81,41 @@ class Scorer:
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(self._processes, context, initializer=_begin, initargs=(self._scoring,))
 
+    def begin(self, graphs: Graphs, first_id: int) -> Callable[[], pa.Table]:
+        """Hand graphs over to the processes; the function returned waits for their rows."""
+        if self._pool is None:
+            return lambda: self._scoring.table(graphs, first_id)
+        pool, starts = self._pool, range(0, len(graphs), _CHUNK)
+        try:
+            begun = [pool.submit(_score_chunk, graphs[i : i + _CHUNK], first_id + i) for i in starts]
+        except BrokenProcessPool:
+            self._replace(pool)
+            raise
+
+        def rows() -> pa.Table:
+            try:
+                return pa.concat_tables(part.result() for part in begun)
+            except BrokenProcessPool:
+                self._replace(pool)
+                raise
+
+        return rows
+
+    def _replace(self, broken: ProcessPoolExecutor) -> None:
+        """A process died at a unit; the next attempt must find a whole pool."""
+        with self._lock:
+            if self._pool is broken:
+                self._pool = self._start()
+
     def table(self, graphs: Graphs, first_id: int) -> pa.Table:
         """Return the scored rows of a unit."""
-        if self._pool is None:
-            return self._scoring.table(graphs, first_id)
-        starts = range(0, len(graphs), _CHUNK)
-        try:
-            parts = list(
-                self._pool.map(
-                    _score_chunk, [graphs[i : i + _CHUNK] for i in starts], [first_id + i for i in starts]
-                )
-            )
-        except BrokenProcessPool:  # a process died at this unit; the next attempt must find a whole pool
-            self._pool = self._start()
-            raise
-        return pa.concat_tables(parts).combine_chunks()
+        return self.begin(graphs, first_id)().combine_chunks()
 
-    def shard(
-        self, graphs: Graphs, first_id: int, footer: Mapping[str, Any]
-    ) -> tuple[bytes, dict[str, Any], int]:
-        """Return (Parquet bytes, statistics for the commit record, rows)."""
-        table = self.table(graphs, first_id)
-        return to_parquet(table, footer), unit_stats(table), table.num_rows
+
+def to_shard(parts: Sequence[pa.Table], footer: Mapping[str, Any]) -> tuple[bytes, dict[str, Any], int]:
+    """Return (Parquet bytes, statistics for the commit record, rows) of a unit's rows, in order."""
+    table = pa.concat_tables(parts).combine_chunks()
+    return to_parquet(table, footer), unit_stats(table), table.num_rows
 
 
 def to_parquet(table: pa.Table, footer: Mapping[str, Any]) -> bytes:

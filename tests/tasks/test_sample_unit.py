@@ -8,11 +8,13 @@ import pytest
 from bitdgdm.infra.commit import read_commits, read_quarantine
 from bitdgdm.infra.errors import StorageUnavailable
 from bitdgdm.infra.storage import Store
+from bitdgdm.pipelines import generate
 from bitdgdm.pipelines.campaign import Campaign
 from bitdgdm.pipelines.generate import run_campaign, unit_job
 from bitdgdm.pipelines.spec import make_spec
 from bitdgdm.pipelines.status import read_status
 from bitdgdm.pipelines.submit import open_campaign, resume_campaign
+from bitdgdm.tasks import sample_unit
 from bitdgdm.tasks.progress_board import ProgressBoard
 from bitdgdm.tasks.sample_unit import MAX_DEATHS, BoardedUnitWorker, UnitWorker
 
@@ -50,6 +52,26 @@ def test_a_unit_that_keeps_failing_is_set_aside_and_the_others_are_committed(
     assert not outcome.finished and outcome.quarantined == 1 and outcome.digest is None
     assert "bad luck" in read_quarantine(campaign[1])[1].error
     assert read_status(campaign[1].url).state == "partial"
+
+
+def test_a_worker_with_two_threads_samples_one_unit_at_a_time_and_gives_the_same_campaign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = run_campaign(*open_campaign(make_spec(SPEC | {"out": str(tmp_path / "alone")})), quiet=True)
+    busy, most = [], []
+    batches = sample_unit.sample_batches
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        busy.append(1)
+        most.append(len(busy))
+        yield from batches(*args, **kwargs)
+        busy.pop()
+
+    monkeypatch.setattr(sample_unit, "sample_batches", watched)
+    monkeypatch.setattr(generate, "local_processes", lambda *_: 2)
+    together = run_campaign(*open_campaign(make_spec(SPEC | {"out": str(tmp_path / "two")})), quiet=True)
+    assert together.digest == alone.digest and together.digest
+    assert most == [1, 1, 1]
 
 
 def test_a_resume_tries_a_unit_again_that_was_set_aside(

@@ -13,7 +13,7 @@ import torch
 
 from bitdgdm.models.sampler import Graphs
 from bitdgdm.models.source import load_source
-from bitdgdm.tasks.score_unit import Scorer, Scoring
+from bitdgdm.tasks.score_unit import Scorer, Scoring, to_shard
 
 PROGRAM = """
 import sys
@@ -47,6 +47,14 @@ def test_a_pool_that_lost_a_process_serves_the_next_attempt() -> None:
     with pytest.raises(BrokenProcessPool):
         scorer.table(_carbons(300), 5)
     assert scorer.table(_carbons(300), 5) == expected
+
+
+def test_batches_that_are_scored_at_once_make_the_shard_of_the_whole() -> None:
+    scoring = Scoring(load_source("builtin:digress-qm9").config, None, "qed", False)
+    scorer = Scorer(scoring, 2)
+    begun = [scorer.begin(_carbons(count), first) for first, count in ((5, 300), (305, 1), (306, 40))]
+    parts = [rows() for rows in reversed(begun)][::-1]
+    assert to_shard(parts, {"unit": 1}) == to_shard([scoring.table(_carbons(341), 5)], {"unit": 1})
 
 
 def test_the_processes_of_a_killed_worker_end_too(tmp_path: Path) -> None:
