@@ -1,10 +1,15 @@
 """What the kernels of a step do, how long they take, and the picture of it.
 
+Run: PYTHONPATH=. python benchmarks/roofline.py [results/engine-<hardware>.json]   draws engine-roofline.png beside it again
+
 Guarantees: operations and bytes are the algorithm's (kernels/*.cu write them at their heads), not counters of the
 chip; times are of launches in their place in a step, so the caches hold what they hold there.
 Knows nothing of: files of results.
 """
 
+import argparse
+import json
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +17,8 @@ from pathlib import Path
 import torch
 
 from bitdgdm.kernels.denoise import Denoiser
+from bitdgdm.models.digress_config import QM9_NO_H
+from bitdgdm.models.sampler import start_chain
 
 BF16, INT8, COPY = 694e12, 1272e12, 4.23e12  # the most measured on one H200: cuBLAS, mma.sync s8, device copy
 
@@ -123,3 +130,33 @@ def draw_roofline(points: dict[str, list[Point]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def stored_points(results: Path, size: int = 8192, seed: int = 20261123) -> dict[str, list[Point]]:
+    """The points of every engine in a result file of benchmarks/engine.py, QM9; ids and seed as there."""
+    n = start_chain(QM9_NO_H, seed, torch.arange(size), 500).n.double()
+    rows, edges = int(n.sum()), int((n * n).sum())
+    name = re.compile(rf"QM9, {size} molecules, (.+), (\w+) x (\d+)$")
+    points: dict[str, list[Point]] = {}
+    for r in json.loads(results.read_text()):
+        found = name.match(r["case"])
+        if found is None or r["metric"] != "kernel":
+            continue
+        engine, kernel, launches = found[1], found[2], int(found[3])
+        macs, moved = work(kernel, rows, edges, size, QM9_NO_H.hidden_dims.dy)
+        peak = INT8 if "w8a8" in engine and kernel.startswith("node") else BF16
+        points.setdefault(engine, []).append(Point(kernel, r["value"] / 1e6, launches, 2 * macs, moved, peak))
+    return points
+
+
+def main() -> None:
+    """Draw the picture of a result file."""
+    results = Path(__file__).resolve().parent / "results"
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("file", type=Path, nargs="?", default=results / "engine-nvidia-h200.json")
+    a = p.parse_args()
+    draw_roofline(stored_points(a.file), a.file.with_name("engine-roofline.png"))
+
+
+if __name__ == "__main__":
+    main()
