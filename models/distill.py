@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitdgdm.models.digress import build
 from bitdgdm.models.digress_config import DigressConfig
-from bitdgdm.models.divergence import EDGE_WEIGHT, Predictions, States, own_states, predict
+from bitdgdm.models.divergence import EDGE_WEIGHT, Predictions, States, own_trajectory
 from bitdgdm.models.engine import TorchEngine
 from bitdgdm.models.features import network_input
 from bitdgdm.models.source import SourceModel
@@ -27,7 +27,7 @@ from bitdgdm.quant.repair import Learned, joined, repair
 BATCH = 16
 """Molecules of one step."""
 
-_SHOWN = 0.3  # of the time that the whole takes, drawing the molecules
+_SHOWN = 0.2  # of the time that the whole takes, drawing the molecules
 
 
 def repaired(
@@ -50,13 +50,14 @@ def repaired(
     """
     config = source.config
     engine = TorchEngine(build(config, source.weights, source.name), config, device, name=source.name)
-    states = own_states(engine, config, molecules, steps, seed)
 
     def told(part: float, whole: float, before: float) -> None:
         if progress is not None:
             progress(before + whole * part)
 
-    wanted = predict(engine, states, lambda done: told(done, _SHOWN, 0.0))
+    states, wanted = own_trajectory(
+        engine, config, molecules, steps, seed, lambda done: told(done, _SHOWN, 0.0)
+    )
     network = quantized(source, recipe, layers).to(device)
     batches = Batches(states, wanted, seed, torch.device(device))
     found = repair(

@@ -107,9 +107,22 @@ def own_states(
     engine: Engine, config: DigressConfig, molecules: int, steps: int, seed: int = 0
 ) -> list[States]:
     """The states that `engine` itself goes through while it draws `molecules` graphs: one batch a step."""
+    return own_trajectory(engine, config, molecules, steps, seed)[0]
+
+
+def own_trajectory(
+    engine: Engine, config: DigressConfig, molecules: int, steps: int, seed: int = 0,
+    progress: Callable[[float], object] | None = None,
+) -> tuple[list[States], "Predictions"]:  # fmt: skip
+    """The states of `own_states` and what the engine predicted there. progress is told the fraction that is done."""
     recorder = _Recorder(engine)
-    sample_micro_batch(recorder, config, seed, 0, molecules, steps)
-    return recorder.seen
+
+    def on_step(step: int) -> None:
+        if progress is not None:
+            progress(step / steps)
+
+    sample_micro_batch(recorder, config, seed, 0, molecules, steps, on_step)
+    return recorder.seen, Predictions(tuple(recorder.x), tuple(recorder.e))
 
 
 class _Recorder:
@@ -123,11 +136,16 @@ class _Recorder:
             engine.dtype,
         )
         self.seen: list[States] = []
+        self.x: list[Tensor] = []
+        self.e: list[Tensor] = []
         self._engine = engine
 
     def logits(self, X: Tensor, E: Tensor, t: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor]:
+        x, e = self._engine.logits(X, E, t, node_mask)
         self.seen.append(States(int(t[0]), X.cpu(), E.cpu(), node_mask.cpu()))
-        return self._engine.logits(X, E, t, node_mask)
+        self.x.append(x.cpu())
+        self.e.append(e.cpu())
+        return x, e
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from bitdgdm.models.divergence import (
     noised,
     one_hot_states,
     own_states,
+    own_trajectory,
     predict,
 )
 from bitdgdm.models.engine import TorchEngine
@@ -205,6 +206,10 @@ def test_own_states_are_what_the_sampler_shows_the_network_and_lead_to_its_graph
     diagonals = [s.E.diagonal(dim1=1, dim2=2).sum() for s in states]
     assert diagonals[0] == 0 and all(d == drawn.n.sum() for d in diagonals[1:])
     again = predict(engine, states)
+    with_predictions, predicted = own_trajectory(engine, TINY, 5, 4, seed=9)
+    assert all(torch.equal(a.E, b.E) for a, b in zip(states, with_predictions, strict=True))
+    for ours, theirs in ((again.X, predicted.X), (again.E, predicted.E)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     x, e = engine.logits(states[2].X, states[2].E, torch.full((5,), states[2].t), states[2].mask)
     assert torch.equal(again.X[2], x) and torch.equal(again.E[2], e)
 
