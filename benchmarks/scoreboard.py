@@ -12,7 +12,6 @@ never in TF32 or bf16.
 
 import argparse
 import gc
-import inspect
 import json
 import multiprocessing
 import os
@@ -21,11 +20,12 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +35,8 @@ from rows import RESULTS, hardware, keep, results_file
 from bitdgdm.infra.fingerprint import fingerprint
 from bitdgdm.infra.rows import Row, read_rows
 from bitdgdm.infra.version import code_version
+from bitdgdm.models.calibrate import calibrate
+from bitdgdm.models.digress import quantizable
 from bitdgdm.models.distribution import Measure
 from bitdgdm.models.divergence import Predictions, States, divergence, held_out_states, predict
 from bitdgdm.models.engine import TorchEngine, load_engine
@@ -44,12 +46,14 @@ from bitdgdm.models.profile import Profile
 from bitdgdm.models.quality import quality
 from bitdgdm.models.sampler import Graphs, sample_ids
 from bitdgdm.models.seam import Engine
-from bitdgdm.models.source import load_source
+from bitdgdm.models.source import SourceModel, load_source
+from bitdgdm.pipelines import decompose_network
 from bitdgdm.pipelines.measure import BITS, HELD_OUT, SIZE, Rows, divergence_rows, reference_profile
 from bitdgdm.pipelines.quantize import quantize
 from bitdgdm.quant.artifact import read_header
 from bitdgdm.quant.recipe import Recipe
-from bitdgdm.quant.recipe_book import recipes
+from bitdgdm.quant.recipe_book import open_recipe, recipes
+from bitdgdm.quant.stats import LayerStats
 from bitdgdm.tasks.score_unit import Scoring
 
 QUESTION, MODEL = "scoreboard", "builtin:digress-qm9"
@@ -77,6 +81,7 @@ class Board:
     again: bool
     compiled: bool
     tables: Path | None
+    files: dict[str, str]  # of recipes that are not in the book
     done: dict[tuple[str, str], Row]
 
     def rows_of(self, case: str) -> Rows:
@@ -104,6 +109,30 @@ def sampled_case(recipe: str, board: Board) -> str:
     return f"{recipe}, {board.samples} samples, {board.steps} steps"
 
 
+class Calibrations:
+    """Statistics of inputs, computed once for all recipes that ask for the same; `credit` is what each asker was spared."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[dict[str, LayerStats], float]] = {}
+        self.credit = 0.0
+
+    def __call__(self, source: SourceModel, names: Sequence[str], **how: Any) -> dict[str, LayerStats]:
+        """As `calibrate`, of all layers at once."""
+        progress = how.pop("progress", None)
+        key = f"{source.digest} {sorted((k, str(v)) for k, v in how.items())}"
+        if key not in self._kept:
+            began = time.monotonic()
+            stats = calibrate(source, quantizable(source.config), progress=progress, **how)
+            self._kept[key] = stats, time.monotonic() - began
+        else:
+            self.credit += self._kept[key][1]
+        return {name: self._kept[key][0][name] for name in names}
+
+
+calibrations = Calibrations()
+decompose_network.calibrate = calibrations  # type: ignore[assignment]
+
+
 def make_artifact(recipe: Recipe, board: Board) -> tuple[Path, float, float]:
     """Quantize in process; return the file, seconds and peak memory in MB (of the process, or of the GPU)."""
     path = board.artifacts / f"{recipe.name}-{_mark(recipe)}.safetensors"
@@ -111,11 +140,10 @@ def make_artifact(recipe: Recipe, board: Board) -> tuple[Path, float, float]:
     if path.exists() and known.exists() and not board.again:
         made = json.loads(known.read_text())
         return path, made["seconds"], made["peak"]
-    more = {"device": board.device} if "device" in inspect.signature(quantize).parameters else {}
     with peak_mb(board.device) as peak:
-        began = time.monotonic()
-        quantize(MODEL, recipe.name, out=path, executor="local", quiet=True, **more)  # type: ignore[arg-type]
-        seconds = time.monotonic() - began
+        calibrations.credit, began = 0.0, time.monotonic()
+        quantize(MODEL, board.files.get(recipe.name, recipe.name), out=path, executor="local", quiet=True)
+        seconds = time.monotonic() - began + calibrations.credit  # as if it had calibrated for itself
     known.write_text(json.dumps({"seconds": seconds, "peak": peak()}))
     return path, seconds, peak()
 
@@ -313,7 +341,7 @@ def main() -> None:
     p.add_argument(
         "--recipes",
         nargs="+",
-        help=f"names; all of the book when left out. {FULL!r} and {FULL_KERNELS!r} are only sampled",
+        help=f"names, or files of recipes; all of the book when left out. {FULL!r} and {FULL_KERNELS!r} are only sampled",
     )
     p.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
@@ -330,7 +358,12 @@ def main() -> None:
     p.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     a = p.parse_args()
     book = {r.name: r for r in recipes()}
-    asked = a.recipes or [r.name for r in recipes() if r.weight_quantized]
+    asked, files = list(a.recipes or ()), dict[str, str]()
+    for k, name in enumerate(asked):
+        if name.endswith(".json"):
+            recipe = open_recipe(name)
+            book[recipe.name], files[recipe.name], asked[k] = recipe, name, recipe.name
+    asked = asked or [r.name for r in recipes() if r.weight_quantized]
     if unknown := [name for name in asked if name not in (FULL, FULL_KERNELS, *book)]:
         raise SystemExit(f"no recipe {', '.join(unknown)}. The book has: {', '.join(book)}")
     kept = results_file(QUESTION, a.results)
@@ -338,7 +371,7 @@ def main() -> None:
         folder = a.artifacts or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         board = Board(
-            a.device, a.molecules, a.samples, a.steps, a.seed, a.results, folder, a.again, a.compile, a.tables,
+            a.device, a.molecules, a.samples, a.steps, a.seed, a.results, folder, a.again, a.compile, a.tables, files,
             {(r["case"], r["metric"]): r for r in (read_rows(kept) if kept.exists() else [])},
         )  # fmt: skip
         failed: list[str] = []

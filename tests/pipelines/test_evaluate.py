@@ -34,7 +34,7 @@ from bitdgdm.pipelines.quantize import quantize
 from bitdgdm.quant.artifact import apply, load_artifact, read_header
 
 SOURCE = "builtin:digress-qm9"
-FEW = Asked(molecules=12, samples=0, device="cpu", layers=False)
+FEW = Asked(molecules=4, samples=0, device="cpu", layers=False)
 
 
 @pytest.fixture(scope="module")
@@ -177,17 +177,16 @@ def test_the_source_is_asked_for_when_the_one_in_the_header_is_gone(
     shipped, moved = load_source(SOURCE), tmp_path / "moved.safetensors"
     save_source(tmp_path / "source.safetensors", shipped)
     made = tmp_path / "artifact.safetensors"
-    quantize(str(tmp_path / "source.safetensors"), "rtn-w8a8", out=made, executor="local", quiet=True)
+    quantize(str(tmp_path / "source.safetensors"), "rtn-w4a4", out=made, executor="local", quiet=True)
     (tmp_path / "source.safetensors").rename(moved)
     with pytest.raises(BadInput, match="Give its source model: --against SOURCE"):
         evaluate(str(made), None, FEW, quiet=True)
-    assert KL in values(evaluate(str(made), str(moved), FEW, quiet=True))
     weights = dict(shipped.weights)
     weights["mlp_in_X.0.bias"] = weights["mlp_in_X.0.bias"] + 0.01
     save_source(moved, source_model(shipped.config, weights, "other"))
     with caplog.at_level("WARNING"):
-        evaluate(str(made), str(moved), FEW, quiet=True)
-    assert "has other weights" in caplog.text
+        found = evaluate(str(made), str(moved), FEW, quiet=True)
+    assert "has other weights" in caplog.text and values(found)[KL] > 0
 
 
 def test_a_comparison_holds_the_figures_of_each_evaluation(
