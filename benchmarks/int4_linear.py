@@ -32,10 +32,10 @@ def layers(width: int, out: int, device: torch.device) -> tuple[Tensor, Int4Line
     torch.manual_seed(width + out)
     weight, recipe = torch.randn(out, width) / width**0.5, get_recipe("bitdgdm-w4a4-r16-s1")
     small = out * width <= 2**18  # a larger one is only for its time: made-up factors do
-    quant = QuantLinear.from_parts(decompose(weight[:256], recipe, contributions=False)[0], torch.zeros(min(out, 256)), recipe)
+    fitted = weight if small else weight[:64, :64]
+    parts = decompose(fitted, recipe, contributions=False)[0]
+    quant = QuantLinear.from_parts(parts, torch.zeros(len(fitted)), recipe)
     if small:
-        parts = decompose(weight, recipe, contributions=False)[0]
-        quant = QuantLinear.from_parts(parts, torch.zeros(out), recipe)
         assert quant.codes is not None and quant.scale is not None
         assert parts.proj_up is not None and parts.proj_down is not None and parts.sparse_index is not None
         up, down = parts.proj_up.float(), parts.proj_down.float()
