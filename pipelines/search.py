@@ -81,6 +81,8 @@ def search(uri: str, asked: Asked, name: str, *, device: str = "auto", quiet: bo
     source, where = load_source(str(path)), resolve_device(device)
     groups = groups_of(quantizable(source.config), asked.by)
     options = {r.name: r for r in (*recipes, FULL)}
+    # first of all: a network that can express no held-out molecule is refused before any work
+    known = held_out_states(source.config, molecules=asked.check, seed=asked.seed) if asked.check else []
     full = TorchEngine(build(source.config, source.weights, source.name), source.config, where)
     states = own_states(full, source.config, asked.molecules, asked.steps, asked.seed)
     reference = predict(full, states)
@@ -96,8 +98,7 @@ def search(uri: str, asked: Asked, name: str, *, device: str = "auto", quiet: bo
         members = [n for g, o in choice.picked.items() if o == option for n in groups[g]]
         layers |= workshop.layers(options[option], members) if option != FULL.name else {}
     held_out = None
-    if asked.check:
-        known = held_out_states(source.config, molecules=asked.check, seed=asked.seed)
+    if known:
         held_out = divergence(full, replaced(source, layers, where), known).kl
     spent = sum(times[g][o] for g, o in choice.picked.items())
     stored = sum(found[g][o].bits for g, o in choice.picked.items())

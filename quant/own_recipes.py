@@ -48,6 +48,7 @@ OWN = (
     _input(2),
     _input(4),
     _input(8),
+    _input(16),
     _input(8, sigma=None, premul="hadamard"),
     _input(4, 3, 8, sigma=None),
     _gptq(3, 8),
