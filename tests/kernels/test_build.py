@@ -1,6 +1,7 @@
 """Run: .venv/bin/python -m pytest tests/kernels/test_build.py -q   (most of it needs nvcc; no GPU)"""
 
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from bitdgdm.kernels import build as builder
 from bitdgdm.kernels.build import CompilerMissing, KernelBroken, build, find_nvcc
 
-needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc (CUDA toolkit 12.4 or later on the PATH)")
+needs_nvcc = pytest.mark.skipif(
+    find_nvcc() is None or shutil.which("g++") is None, reason="needs nvcc (pip install 'cuda-toolkit[nvcc]') and g++"
+)
 SOURCE = '#include "one.cuh"\nextern "C" __global__ void twice(float* x) { x[threadIdx.x] *= FACTOR; }\n'
 
 

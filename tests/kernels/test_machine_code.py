@@ -4,6 +4,7 @@ Needs nvcc and nvdisasm: of the CUDA toolkit, or from PyPI as the extra dev inst
 """
 
 import re
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ from bitdgdm.kernels.network import Shape
 NVDISASM = find_tool("nvdisasm")
 pytestmark = [
     pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc: pip install 'cuda-toolkit[nvcc]'"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="nvcc needs g++"),
     pytest.mark.skipif(NVDISASM is None, reason="needs nvdisasm: pip install nvidia-cuda-nvdisasm"),
 ]
 
