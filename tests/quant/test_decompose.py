@@ -55,7 +55,7 @@ def bytes_of(parts):
 
 
 @each_recipe
-@pytest.mark.parametrize("shape", [(64, 256), (33, 71), (1, 40), (40, 1), (1, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(24, 64), (33, 71), (1, 40), (40, 1), (1, 1)], ids=str)
 def test_the_parts_add_up_to_the_weight_and_the_report_says_how_closely(recipe, shape):
     w = heavy_tailed(*shape, seed=shape[1])
     parts, report = decomposed(w, recipe)
