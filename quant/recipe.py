@@ -178,6 +178,8 @@ class Recipe:
             ("outlier_budget and outlier_sigma exclude each other", bool(self.outlier_budget) and sigma is not None),
             ("a budget of outliers needs low-bit inputs", bool(self.outlier_budget) and not act),
             ("factors of a repair take steps", bool(self.repair_rank) and not self.repair_steps),
+            ("factors of a repair meet all of the input, those of a recipe without a remainder don't",
+             bool(self.repair_rank) and not self.remainder),
             (f'calibration is "none" only where nothing needs it, here {self.calibration!r}',
              self.needs_calibration != (self.calibration != "none")),
         )  # fmt: skip

@@ -105,6 +105,7 @@ def test_a_recipe_cannot_be_changed():
         {"outlier_sigma": 3.0, "outlier_budget": 2},
         {"act_bits": 16, "outlier_budget": 2},
         {"repair_rank": 4},
+        {"repair_rank": 4, "repair_steps": 9, "calibration": "uniform", "remainder": False, "rank": 2},
         {"smooth_strength": 1.5},
         {"overrides": (("*", (("weight_bits", 5),)),)},
         {"overrides": (("*", (("colour", 1),)),)},
