@@ -10,8 +10,8 @@ The sampler sees the protocols of seam.py only.
 
 import logging
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,16 +23,19 @@ from bitdgdm.infra.errors import ArtifactCorrupt, BadInput, KernelsUnavailable
 from bitdgdm.models.digress import GraphTransformer, build
 from bitdgdm.models.digress_config import DigressConfig
 from bitdgdm.models.features import network_input
+from bitdgdm.models.int4_network import fuse, on_stream, open_gpu
+from bitdgdm.models.int4_network import refusal as int4_refusal
 from bitdgdm.models.kernel_engine import KernelEngine, refusal, shortfall
 from bitdgdm.models.seam import Engine
 from bitdgdm.models.source import BUILTIN_PREFIX, SourceModel, is_source_file, load_source
-from bitdgdm.quant.artifact import apply, load_artifact
+from bitdgdm.quant.artifact import Artifact, apply, load_artifact
 from bitdgdm.quant.linear import set_time
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 ENGINES = ("auto", "torch", "kernels")
+FUSED_LINEARS = "each Linear of 4 bit is one of our kernels, the rest is PyTorch"
 log = logging.getLogger("bitdgdm.engine")
 
 
@@ -56,14 +59,17 @@ class TorchEngine:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         name: str = "digress",
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        """around: what a call of the network runs in, e.g. a stream."""
         self.name, self.config, self.device, self.dtype = name, config, torch.device(device), dtype
         self._network = network.to(self.device).eval().requires_grad_(False)
+        self._around = around
 
     def logits(self, X: Tensor, E: Tensor, t: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine.logits`."""
         time = t.to(torch.float32) / self.config.diffusion_steps
-        with torch.inference_mode(), one_thread(self.device):
+        with torch.inference_mode(), one_thread(self.device), self._around():
             inputs = network_input(X, E, time, node_mask, self.config)
             set_time(self._network, t)
             with self._autocast():
@@ -79,6 +85,7 @@ class _Opened:
     network: nn.Module
     config: DigressConfig
     name: str
+    artifact: Artifact | None = None
 
 
 def load_engine(
@@ -98,11 +105,21 @@ def load_engine(
     choice = _choose(opened, device, precision, engine)
     if choice.device == "cuda":
         log.info("%s", describe(choice, opened.name))
+    if choice.engine == "kernels" and choice.reason == FUSED_LINEARS:
+        return _with_int4(opened, choice)
     if choice.engine == "kernels":
         return KernelEngine(opened.network, opened.config, opened.name)
     return TorchEngine(
         opened.network, opened.config, choice.device, PRECISIONS[choice.precision], opened.name
     )
+
+
+def _with_int4(opened: _Opened, choice: Choice) -> TorchEngine:
+    assert opened.artifact is not None
+    device = open_gpu()
+    network = fuse(opened.network.to(device.device), opened.artifact, device)
+    dtype = PRECISIONS[choice.precision]
+    return TorchEngine(network, opened.config, device.device, dtype, opened.name, lambda: on_stream(device))
 
 
 def choose_engine(
@@ -151,6 +168,8 @@ def _choose(opened: _Opened, device: str, precision: str, engine: str) -> Choice
         reason = shortfall(opened.network)  # a recipe computed in part is run only by name
     if not reason:
         return Choice(kind, "bf16", "kernels", shortfall(opened.network))
+    if engine == "kernels" and opened.artifact is not None and not int4_refusal(opened.artifact):
+        return Choice(kind, plain, "kernels", FUSED_LINEARS)
     if engine == "kernels":
         raise KernelsUnavailable(reason)
     return Choice(kind, plain, "torch", f"not our kernels: {reason}")
@@ -168,7 +187,8 @@ def _open(model: str | Path | SourceModel, digest: str | None) -> _Opened:
         artifact = load_artifact(model)
         config = DigressConfig.from_dict(artifact.header.model_config)
         name = f"{artifact.header.source.get('name', config.dataset)} {artifact.header.recipe.name}"
-        opened, found = _Opened(apply(GraphTransformer(config), artifact), config, name), artifact.digest
+        opened = _Opened(apply(GraphTransformer(config), artifact), config, name, artifact)
+        found = artifact.digest
     if digest is not None and digest != found:
         raise ArtifactCorrupt(str(model), f"its digest is {found}, the campaign names {digest}")
     return opened

@@ -1,0 +1,107 @@
+"""A network of 4-bit recipes whose Linears run as one launch each (kernels/int4.py), all else in PyTorch.
+
+Guarantees: the integers are QuantLinear's; the branches (low rank, sparse, outliers) see the input in bf16. A Linear that
+the kernel can't take stays a QuantLinear; a recipe that it doesn't compute is refused by name.
+Knows nothing of: steps, sampling, which engine is chosen.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from bitdgdm.infra.errors import KernelsUnavailable
+from bitdgdm.kernels.build import CompilerMissing, KernelBroken
+from bitdgdm.kernels.fits import OLDEST
+from bitdgdm.kernels.int4 import MOST_RANK, Int4Linear, int4_linear, pack, supports
+from bitdgdm.kernels.launch import Device, Launcher, PyCudaMissing
+from bitdgdm.kernels.toolchain import missing
+from bitdgdm.quant.artifact import Artifact
+from bitdgdm.quant.parts import codes, factors, sparse
+from bitdgdm.quant.recipe import Recipe
+
+_FIXED = {
+    "weight_bits": 4, "act_bits": 4, "weight_format": "int", "weight_group": 0, "remainder": True, "columns": 0,
+    "premul": "none", "act_format": "int", "act_scale": "token", "outlier_budget": 0, "cross_product": True,
+}  # fmt: skip
+
+
+def refusal(artifact: Artifact) -> str:
+    """Why the kernel can't run the artifact's Linears on this machine's current GPU, or ""."""
+    found = torch.cuda.get_device_capability()
+    if found < OLDEST:
+        return f"the GPU is sm_{found[0]}{found[1]}, int4_linear needs sm_{OLDEST[0]}{OLDEST[1]} or newer"
+    for name in artifact.layers:
+        reason = recipe_refusal(artifact.header.recipe.for_layer(name))
+        if reason:
+            return reason
+    return missing()
+
+
+def recipe_refusal(recipe: Recipe) -> str:
+    """What of a layer's recipe the kernel doesn't compute, or ""."""
+    for field, value in _FIXED.items():
+        if getattr(recipe, field) != value:
+            return f"int4_linear computes {field} {value}, recipe {recipe.name} says {getattr(recipe, field)}"
+    if recipe.low_rank_metric == "input":
+        return f"int4_linear doesn't take the low-rank part out of the input, as {recipe.name} does"
+    if recipe.rank + recipe.repair_rank > MOST_RANK:
+        return f"int4_linear takes rank {MOST_RANK} at most, not {recipe.rank + recipe.repair_rank}"
+    return ""
+
+
+class Int4Layer(nn.Module):
+    """A drop-in for the QuantLinear of the same parts. x: float[..., in] -> [..., out] in the dtype of x."""
+
+    def __init__(self, linear: Int4Linear, launcher: Launcher) -> None:
+        super().__init__()
+        self._linear, self._launcher = linear, launcher
+
+    def forward(self, x: Tensor) -> Tensor:
+        taken = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+        return int4_linear(taken, self._linear, self._launcher).to(x.dtype)
+
+
+def fuse(network: nn.Module, artifact: Artifact, launcher: Launcher) -> nn.Module:
+    """Put Int4Layers in the places of an artifact's Linears, in place. network: what `apply` made of the artifact."""
+    for name, (parts, bias, tau) in artifact.layers.items():
+        recipe = artifact.header.recipe.for_layer(name)
+        both = factors(parts)
+        up, down = both if both is not None else (None, None)
+        ok, _ = supports(
+            *parts.shape, rank=0 if up is None else up.shape[1], branches=True, arch=launcher.arch,
+            shared_bytes=launcher.shared_bytes,
+        )  # fmt: skip
+        if not ok:
+            continue
+        assert parts.scale is not None
+        packed = pack(
+            codes(parts), parts.scale, bias, asymmetric=recipe.act_asymmetric, sigma=recipe.outlier_sigma,
+            tau=tau if recipe.outlier_sigma is not None else None, up=up, down=down, sparse=sparse(parts),
+            device=launcher.device,
+        )  # fmt: skip
+        owner, _, child = name.rpartition(".")
+        setattr(network.get_submodule(owner), child, Int4Layer(packed, launcher))
+    return network
+
+
+def open_gpu() -> Device:
+    """The current CUDA device. Raises: KernelsUnavailable."""
+    with _own_errors():
+        return Device(torch.cuda.current_device())
+
+
+@contextmanager
+def on_stream(launcher: Launcher) -> Iterator[None]:
+    """PyTorch's work and the launches in one order. Raises: KernelsUnavailable if a kernel can't be built."""
+    with _own_errors(), launcher.stream() if isinstance(launcher, Device) else nullcontext():
+        yield
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    try:
+        yield
+    except (PyCudaMissing, CompilerMissing, KernelBroken) as e:
+        raise KernelsUnavailable(str(e)) from e

@@ -1,0 +1,82 @@
+"""Run: .venv/bin/python -m pytest tests/models/test_int4_network.py -q   (needs g++; no GPU)"""
+
+import copy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitdgdm.infra.errors import KernelsUnavailable
+from bitdgdm.models import int4_network
+from bitdgdm.models.digress import GraphTransformer, quantizable
+from bitdgdm.models.digress_config import QM9_NO_H
+from bitdgdm.models.engine import FUSED_LINEARS, Choice, TorchEngine, choose_engine
+from bitdgdm.models.int4_network import Int4Layer, fuse, recipe_refusal
+from bitdgdm.quant.artifact import Artifact, ArtifactHeader, apply, save_artifact
+from bitdgdm.quant.decompose import decompose
+from bitdgdm.quant.recipe_book import get_recipe
+from tests.kernels.emulate import Emulator
+
+EMULATED = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
+ONE_LAYER = replace(QM9_NO_H, n_layers=1)
+
+
+@pytest.fixture(scope="module")
+def artifact() -> Artifact:
+    """One layer by the default recipe."""
+    torch.manual_seed(1)
+    network, recipe = GraphTransformer(ONE_LAYER).requires_grad_(False), get_recipe("bitdgdm-w4a4-r16-s1")
+    layers, reports = {}, {}
+    for name in quantizable(ONE_LAYER):
+        linear = network.get_submodule(name)
+        parts, reports[name] = decompose(linear.weight, recipe, contributions=False)
+        layers[name] = (parts, linear.bias.detach(), None)
+    kept = {k: v for k, v in network.state_dict().items() if k.rpartition(".")[0] not in layers}
+    config = ONE_LAYER.to_dict()
+    source = {"uri": "", "name": "one", "version": "1", "digest": ""}
+    header = ArtifactHeader(recipe, reports, ONE_LAYER.n_pad, config, source, "test")
+    return Artifact(header, layers, kept, "digest")
+
+
+@EMULATED
+def test_a_network_of_fused_linears_says_what_quant_linear_says(artifact: Artifact) -> None:
+    plain = apply(GraphTransformer(ONE_LAYER), artifact).eval()
+    launcher = Emulator({"int4": {"NATIVE": 1}}, arch="89", shared_bytes=101376)
+    fused = fuse(copy.deepcopy(plain), artifact, launcher)
+    assert sum(isinstance(m, Int4Layer) for m in fused.modules()) == len(artifact.layers) > 10
+
+    mask = torch.arange(9) < torch.tensor([[3], [9]])
+    X = torch.eye(4)[torch.randint(4, (2, 9))] * mask[..., None]
+    upper = torch.randint(5, (2, 9, 9)).triu(1)
+    E = torch.eye(5)[upper + upper.transpose(1, 2)] * (mask[:, :, None] & mask[:, None])[..., None]
+    t = torch.full((2,), 250)
+    for ours, theirs in zip(
+        *(TorchEngine(n, ONE_LAYER).logits(X, E, t, mask) for n in (fused, plain)), strict=True
+    ):
+        assert (ours - theirs).norm() <= 0.01 * theirs.norm()
+
+
+def test_kernels_by_name_fuse_the_linears_of_a_4_bit_artifact_and_auto_leaves_it_to_pytorch(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "one.safetensors"
+    save_artifact(path, artifact.header, artifact.layers, artifact.kept)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(int4_network, "missing", lambda: "")
+    assert choose_engine(path, engine="kernels") == Choice("cuda", "fp32", "kernels", FUSED_LINEARS)
+    chosen = choose_engine(path)
+    assert chosen.engine == "torch" and "bitdgdm-w4a4-r16-s1" in chosen.reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(KernelsUnavailable, match="bitdgdm-w4a4-r16-s1"):
+        choose_engine(path, engine="kernels")
+
+
+def test_a_recipe_that_the_kernel_does_not_compute_is_refused_by_name() -> None:
+    recipe = get_recipe("bitdgdm-w4a4-r16-s1")
+    assert recipe_refusal(recipe) == "" == recipe_refusal(get_recipe("rtn-w4a4"))
+    assert "act_bits 4, recipe rtn-w8a8" in recipe_refusal(replace(get_recipe("rtn-w8a8"), weight_bits=4))
+    assert "rank 32 at most, not 48" in recipe_refusal(replace(recipe, rank=48))
+    assert "columns 0" in recipe_refusal(replace(recipe, columns=4, column_choice="weight"))
