@@ -6,6 +6,7 @@ PyCUDA is imported when a Device is made, never before.
 Knows nothing of: what a kernel computes; how a cubin is built.
 """
 
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ class Device:
         self.device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(index)
         self.warm_for: list[weakref.ref[Any]] = []  # networks whose kernels are loaded
+        self.capturing = threading.Lock()  # held while the stream captures, and to give back pinned memory it has used
         self.multiprocessors = properties.multi_processor_count
         self.shared_bytes = driver.Device(index).get_attribute(
             driver.device_attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN

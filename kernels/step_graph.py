@@ -63,9 +63,10 @@ def denoise(
             warm_up(batch)
             device.warm_for.append(weakref.ref(batch.network))
         graph = torch.cuda.CUDAGraph()  # by hand: torch.cuda.graph waits for the device and empties the allocator's cache
-        graph.capture_begin(capture_error_mode="thread_local")
-        step(batch)
-        graph.capture_end()
+        with device.capturing:
+            graph.capture_begin(capture_error_mode="thread_local")
+            step(batch)
+            graph.capture_end()
         _repeat(graph.replay, steps, on_step, stream)
         batch.graph = graph  # alive until the last replay is over
 

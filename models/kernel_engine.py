@@ -258,6 +258,11 @@ class _Result:
         """int8 classes x and e, and not_finite, on the CPU."""
         if self._batch is not None and self._event is not None:
             self._event.synchronize()
-            self._found = tuple(t.to(torch.int8) for t in self._found)  # no longer in pinned memory
+            device = self._batch.launcher
+            assert isinstance(device, Device)
+            # giving pinned memory back records an event on the stream, which ends the process during a capture
+            with device.capturing:
+                self._found = tuple(t.to(torch.int8) for t in self._found)
+                self._batch = None
         self._batch = None
         return self._found
