@@ -111,7 +111,12 @@ def compare(
 
     found = []
     for folder in evaluations:
-        rows = read_rows(folder / ROWS_FILE if folder.is_dir() else folder)
+        file = folder / ROWS_FILE if folder.is_dir() else folder
+        if not file.is_file():
+            raise BadInput(
+                f"there is no evaluation at {folder}. Make one: bitdgdm evaluate --model MODEL --out {folder}"
+            )
+        rows = read_rows(file)
         if not rows:
             raise BadInput(
                 f"{folder} has no figures. Make them: bitdgdm evaluate --model MODEL --out {folder}"

@@ -202,6 +202,7 @@ def _bounds(
     for metric, value, error, baseline in (
         ("NLL bound", *ours_found.nll, ""),
         ("NLL bound, full precision", *whole.nll, ""),
+        ("NLL by the published code's formula", *ours_found.nll_published, ""),
         ("NLL bound, above full precision", *_difference(ours_found, whole), row.baseline),
     ):
         low, high = (None, None) if math.isnan(error) else (value - Z95 * error, value + Z95 * error)

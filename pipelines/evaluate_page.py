@@ -29,6 +29,7 @@ WHAT = {
     KL: "KL_X + 5 KL_E of the predicted molecule, full precision against this, on noised molecules it was not trained on",
     OWN_KL: "the same on the states that full precision goes through when it samples",
     "NLL bound": "upper bound of the negative log-likelihood of held-out molecules",
+    "NLL by the published code's formula": "to compare with published figures: every edge counts twice there",
     "NLL bound, above full precision": "the same molecules and times for both",
     "validity": "RDKit accepts the graph as it is",
     "relaxed validity": "the same with a positive charge allowed where N, O or S has one bond more",

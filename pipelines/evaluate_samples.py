@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -32,6 +33,7 @@ from bitdgdm.pipelines.progress import ProgressBar
 from bitdgdm.tasks.score_unit import Scoring
 
 _SAMPLED_AT_ONCE = {"cpu": 64, "cuda": 2048, "kernels": 8192}
+_WORTH_A_POOL = 512  # molecules; processes take seconds to start
 log = logging.getLogger("bitdgdm.evaluate")
 
 
@@ -65,7 +67,7 @@ def judge_samples(
         rows.append(
             row("molecules/s, ids to rows", made.num_rows / seconds, "1/s", n=made.num_rows, baseline="")
         )
-    with _pool() as pool:
+    with _pool() if max(made.num_rows, len(smiles)) > _WORTH_A_POOL else nullcontext() as pool:
         with ProgressBar("reference molecules", 100, "%", quiet=quiet) as bar:
             reference = reference_profile(
                 smiles, device=device, pool=pool, on_progress=lambda f: bar.update(100 * f)

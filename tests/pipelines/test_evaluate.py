@@ -202,7 +202,7 @@ def test_a_comparison_holds_the_figures_of_each_evaluation(
     page = (tmp_path / "both" / "comparison.html").read_text()
     assert "rtn-w4a4" in page and str(folders[2]) in page
     assert len(list((tmp_path / "both" / "pictures").glob("*.png"))) >= 3
-    with pytest.raises(BadInput, match="bitdgdm evaluate wrote"):
+    with pytest.raises(BadInput, match="Make one: bitdgdm evaluate"):
         compare([tmp_path / "nothing"], tmp_path / "both")
 
 
