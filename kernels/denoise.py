@@ -75,6 +75,9 @@ class Denoiser:
         def bf16(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.bfloat16, device=device)
 
+        def rows16(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float16 if network.fp8 else torch.bfloat16, device=device)
+
         in_ks = -(-s.channels_x // 16)
         self.x = torch.zeros(at.count, s.n_pad, dtype=torch.uint8, device=device)
         self.e = torch.zeros(at.count, s.n_pad, s.n_pad, dtype=torch.uint8, device=device)
@@ -83,11 +86,12 @@ class Denoiser:
         self.step = torch.zeros(1, dtype=torch.int32, device=device)
         self.not_finite = torch.zeros(1, dtype=torch.int32, device=device)
         self.rows_in, self.graphs_in = bf16(at.tiles, in_ks, 32, 8), bf16(tiles16, 1, 32, 8)
-        self.X, self.q, self.gathered = (bf16(at.tiles, 16, 32, 8) for _ in range(3))
-        self.kv = bf16(at.tiles * 16 + s.n_pad, 512)  # edge_attend reads up to n_pad rows beyond the last, as zeros
-        self.E, self.E1 = bf16(at.m_tiles, 4, 32, 8), bf16(at.m_tiles, 4, 32, 8)
-        self.y, self.z = bf16(tiles16, s.dy // 16, 32, 8), bf16(tiles16, 80, 32, 8)
-        self.film_e, self.film_x = bf16(tiles16 * 16, 512), bf16(tiles16 * 16, 512)
+        self.X, self.q = (rows16(at.tiles, 16, 32, 8) for _ in range(2))
+        self.gathered = rows16(at.tiles, 8 if network.fp8 else 16, 32, 8)  # e4m3: two a place of 16 bits
+        self.kv = rows16(at.tiles * 16 + s.n_pad, 512)  # edge_attend reads up to n_pad rows beyond the last, as zeros
+        self.E, self.E1 = rows16(at.m_tiles, 4, 32, 8), rows16(at.m_tiles, 4, 32, 8)
+        self.y, self.z = rows16(tiles16, s.dy // 16, 32, 8), rows16(tiles16, 80, 32, 8)
+        self.film_e, self.film_x = rows16(tiles16 * 16, 512), rows16(tiles16 * 16, 512)
         self.logits_x = torch.zeros(at.tiles, 16, 16, device=device)
         self.logits_e = torch.zeros(at.m_tiles, 16, 8, device=device)
 
@@ -113,7 +117,7 @@ class Denoiser:
             self.E, at.tile_of, at.tile_start, at.rows, self.e, net.edge_table, self.step, at.m_tiles, s.n_pad, s.classes_e,
         )  # fmt: skip
         self._run(
-            "graph_path", "graph_in", self._graph_blocks, 256, GRAPH_SHARED,
+            self._graph_source, "graph_in", self._graph_blocks, 256, self._graph_shared,
             self.graphs_in, self.y, self.film_e, self.film_x, net.graph_in, net.graph_in_vec,
         )  # fmt: skip
         self._node("node_in", self.rows_in, self.X, self.q, self.kv, net.node_in, net.node_in_vec)
@@ -122,9 +126,19 @@ class Denoiser:
     def _graph_blocks(self) -> int:
         return len(self.y) * 16 * self.network.shape.dy // 4096
 
+    @property
+    def _graph_source(self) -> str:
+        return "graph_path_f8" if self.network.fp8 else "graph_path"
+
+    @property
+    def _graph_shared(self) -> int:
+        return GRAPH_SHARED + (8 * 1024 if self.network.fp8 else 0)  # y before rounding too
+
     def _node(self, kernel: str, *args: Tensor) -> None:
         tiles, blocks = self.layout.tiles, -(-self.layout.tiles // 8)
-        if self.network.hopper:
+        if self.network.fp8:
+            self._run("node_f8", kernel, min(-(-tiles // 12), self.launcher.multiprocessors), 512, 229632, *args, tiles)
+        elif self.network.hopper:
             even = min(blocks + blocks % 2, self.launcher.multiprocessors & ~1)  # blocks may come in pairs
             self._run("node_wg_s8" if self.network.int8 else "node_wg", kernel, even, 384, 213120, *args, tiles)
         else:
@@ -137,10 +151,12 @@ class Denoiser:
         last = i == s.layers - 1
         if not last:
             self._run(
-                "graph_path", "pool", -(-at.count // 4), 128, 0,
+                self._graph_source, "pool", -(-at.count // 4), 128, 0,
                 self.X, self.E, at.tile_start, at.graphs, p.pad, self.z, at.count, s.n_pad,
             )  # fmt: skip
         source, shared = ("edge_wg", 201728) if self.network.hopper else ("edge_attend", attend_shared(self.attend_steps))
+        if self.network.fp8:
+            source, shared = "edge_f8", 148736 + (2 * 41216 if self.network.shape.near_rows else 0)
         self._run(
             source, "edge_attend", len(at.block_tile) - 1, 512, shared,
             self.E, self.E1, self.q, self.kv, self.film_e, self.film_x, self.gathered, at.tile_start, at.rows,
@@ -151,7 +167,7 @@ class Denoiser:
             self._node("node_out", self.gathered, self.X, self.logits_x, p.node, p.node_vec)
             return
         self._run(
-            "graph_path", "graph_mid", self._graph_blocks, 256, GRAPH_SHARED,
+            self._graph_source, "graph_mid", self._graph_blocks, 256, self._graph_shared,
             self.z, self.y, self.film_e, self.film_x, p.graph, p.graph_vec,
         )  # fmt: skip
         self._node("node_mid", self.gathered, self.X, self.q, self.kv, p.node, p.node_vec)
@@ -160,7 +176,12 @@ class Denoiser:
         tiles, n, sms = self.layout.m_tiles, self.network, self.launcher.multiprocessors
         blocks = -(-tiles // 8)
         args: tuple[Tensor | int | None, ...]
-        if n.hopper and last:
+        if n.fp8 and last:
+            args = (self.E1, p.ffn1, p.ffn_vec, tiles, self.logits_e)
+            self._run("edge_ffn_f8", "edge_ffn_out", min(blocks, 2 * sms), 256, 40064, *args)
+        elif n.fp8:
+            self._run("edge_ffn_f8", "edge_ffn", min(blocks, 2 * sms), 256, 18560, self.E1, self.E, p.ffn1, p.ffn_vec, tiles)
+        elif n.hopper and last:
             args = (self.E1, p.ffn1, p.ffn_vec, tiles, self.logits_e)
             self._run("edge_ffn_wg", "edge_ffn_out", min(blocks, 2 * sms), 256, 55296, *args)
         elif n.hopper:

@@ -35,6 +35,12 @@ DEV void barrier_wait(u64* b, u32 parity) {
       "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}"
       :: "r"((u32)__cvta_generic_to_shared(b)), "r"(parity) : "memory");
 }
+DEV bool barrier_passed(u64* b, u32 parity) {
+  u32 d;
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(d) : "r"((u32)__cvta_generic_to_shared(b)), "r"(parity) : "memory");
+  return d != 0;
+}
 // bytes: a multiple of 16; both addresses too.
 DEV void copy_bulk(void* shared, const void* global, u32 bytes, u64* b) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

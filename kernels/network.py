@@ -51,11 +51,19 @@ class Shape:
         return 12 + self.molecular
 
     @property
+    def near_rows(self) -> int:
+        """Rows whose keys edge_f8 keeps in shared memory for a query tile of 16 rows; 0 where they don't fit."""
+        most = 16 + 2 * (self.n_pad - 1)
+        return 32 if most <= 32 else 0
+
+    @property
     def defines(self) -> dict[str, dict[str, int]]:
         """Macros of the sources that depend on the shape."""
         in_ks = {"IN_KS": -(-self.channels_x // 16)}
-        sources = ("features", "node", "node_wg", "node_wg_s8")
-        return {**dict.fromkeys(sources, in_ks), "graph_path": {"DY": self.dy, "HIDDEN_Y": self.hidden_y}}
+        sources = ("features", "node", "node_wg", "node_wg_s8", "node_f8")
+        y = {"DY": self.dy, "HIDDEN_Y": self.hidden_y}
+        near = {"KV_ROWS": self.near_rows}
+        return {**dict.fromkeys(sources, in_ks), "graph_path": y, "graph_path_f8": y, "edge_f8": near}
 
 
 def supports(weights: Mapping[str, Tensor], shape: Shape) -> tuple[bool, str]:
@@ -132,6 +140,7 @@ class Network:
     edge_out1: Tensor
     edge_out2: Tensor
     feature_table: Tensor  # float64: max weight, T, weights
+    fp8: bool = False  # packed for the kernels that end in _f8
 
 
 def prepare(
@@ -181,7 +190,7 @@ def prepare(
             scale = math.log(2) if kind == "y_e_mul" else 1.0
             one = 1.0 if kind.endswith("mul") else 0.0
             m[kind], b[kind] = w[f"{name}.{kind}.weight"] * scale, (w[f"{name}.{kind}.bias"] + one) * scale
-        return torch.cat([pack_weight(x).flatten() for x in m.values()]), torch.cat(list(b.values()))
+        return torch.cat([pack_weight(x).transpose(0, 1).flatten() for x in m.values()]), torch.cat(list(b.values()))
 
     pads = _padding(w, shape.layers)
     layers = []
@@ -237,7 +246,7 @@ def prepare(
         hopper,
         int8,
         tuple(layers),
-        edge_table=_edge_table(w, shape.classes_e).to(device, torch.bfloat16),
+        edge_table=edge_table(w, shape.classes_e).to(device, torch.bfloat16),
         node_in=torch.cat((in_x, packed("mlp_in_X.2").cpu().view(torch.uint8), *first)).to(device),
         node_in_vec=vector(w["mlp_in_X.0.bias"], w["mlp_in_X.2.bias"], *first_bias),
         graph_in=torch.cat(
@@ -246,18 +255,23 @@ def prepare(
         graph_in_vec=vector(w["mlp_in_y.0.bias"], w["mlp_in_y.2.bias"], graph_film_bias),
         edge_out1=packed("mlp_out_E.0"),
         edge_out2=packed("mlp_out_E.2", rows=16),
-        feature_table=torch.tensor(
-            [shape.max_weight, shape.diffusion_steps, *(shape.atom_weights or [0.0] * shape.classes_x)],
-            dtype=torch.float64, device=device,
-        ),
+        feature_table=feature_table(shape).to(device),
     )  # fmt: skip
+
+
+def feature_table(shape: Shape) -> Tensor:
+    """What the features kernel knows of a data set, float64: max weight, T, a weight a class."""
+    weights = shape.atom_weights or (0.0,) * shape.classes_x
+    return torch.tensor([shape.max_weight, shape.diffusion_steps, *weights], dtype=torch.float64)
 
 
 def _graph_layer(w: Mapping[str, Tensor], at: str, film: Tensor, film_bias: Tensor) -> tuple[Tensor, Tensor]:
     block = f"{at}.self_attn"
     pooled = torch.cat([w[f"{block}.{n}.weight"] for n in ("y_y", "x_y.lin", "e_y.lin")], dim=1)
     names = (f"{block}.y_out.0", f"{block}.y_out.2", f"{at}.lin_y1", f"{at}.lin_y2")
-    matrices = [pack_weight(m).flatten() for m in (pooled, *(w[f"{n}.weight"] for n in names))]
+    packed = [pack_weight(m) for m in (pooled, *(w[f"{n}.weight"] for n in names))]
+    packed[3] = packed[3].transpose(0, 1)  # lin_y1: one hidden chunk after the other
+    matrices = [m.flatten() for m in packed]
     vectors = [
         w[f"{block}.y_y.bias"] + w[f"{block}.x_y.lin.bias"] + w[f"{block}.e_y.lin.bias"],
         *(w[f"{n}.bias"] for n in names[:2]),
@@ -269,7 +283,7 @@ def _graph_layer(w: Mapping[str, Tensor], at: str, film: Tensor, film_bias: Tens
     return torch.cat([*matrices, film]), torch.cat(vectors)
 
 
-def _edge_table(w: Mapping[str, Tensor], classes: int) -> Tensor:
+def edge_table(w: Mapping[str, Tensor], classes: int) -> Tensor:
     """The input MLP of E for each class and for no class at all: [classes + 1, 64]."""
     hidden = torch.cat((w["mlp_in_E.0.weight"].T, torch.zeros(1, 128))) + w["mlp_in_E.0.bias"]
     return (hidden.relu() @ w["mlp_in_E.2.weight"].T + w["mlp_in_E.2.bias"]).relu()

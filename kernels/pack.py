@@ -8,15 +8,23 @@ import torch
 from torch import Tensor
 
 
-def pack_weight(w: Tensor, rows: int | None = None, cols: int | None = None) -> Tensor:
-    """B fragments of mma.m16n8k16: bf16[K / 16, N / 16, 32 lanes, 8] of w: float[N, K]; zero-padded to rows, cols.
+def pack_weight(
+    w: Tensor, rows: int | None = None, cols: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """B fragments of mma.m16n8k16: dtype[K / 16, N / 16, 32 lanes, 8] of w: float[N, K]; zero-padded to rows, cols.
 
     Lane 4 g + l of block (k, n) holds, for h in 0, 1 and s in 0, 1: w[16 n + 8 h + g, 16 k + 8 s + 2 l + (0, 1)].
     """
     full = _padded(w, rows, cols)
     n, k = full.shape
     parts = full.reshape(n // 16, 2, 8, k // 16, 2, 4, 2)  # n, h, g, k, s, l, e
-    return parts.permute(3, 0, 2, 5, 1, 4, 6).reshape(k // 16, n // 16, 32, 8).to(torch.bfloat16).contiguous()
+    return parts.permute(3, 0, 2, 5, 1, 4, 6).reshape(k // 16, n // 16, 32, 8).to(dtype).contiguous()
+
+
+def pack_pairs(blocks: Tensor) -> Tensor:
+    """[A, B / 2, 32 lanes, 2 blocks, 8] of packed blocks [A, B, 32, 8]: two blocks of one byte a weight, 16 bytes a lane."""
+    a, b = blocks.shape[:2]
+    return blocks.reshape(a, b // 2, 2, 32, 8).transpose(2, 3).contiguous()
 
 
 def pack_slabs(w: Tensor, rows: int | None = None, cols: int | None = None) -> Tensor:
@@ -30,7 +38,7 @@ def pack_slabs(w: Tensor, rows: int | None = None, cols: int | None = None) -> T
 
 
 def pack_code_slabs(codes: Tensor) -> Tensor:
-    """The same of integer codes, 32 channels a slab: int8[K / 32, 2, N, 16] of codes: int8[N, K].
+    """The same of codes of one byte (int8, e4m3), 32 channels a slab: [K / 32, 2, N, 16] of codes: [N, K].
 
     Byte 4 l + 2 u + v of part (k, h) is channel 32 k + 16 h + 8 u + 2 l + v: what a lane holds of a product's result are
     neighbours, so that it packs its own next operand.

@@ -24,8 +24,13 @@ CLUSTER, TIE, ZERO = 1e-6, 2e-4, 1e-5  # see features.cu
 
 
 def dense(w: Weights, name: str, x: Tensor) -> Tensor:
-    """A Linear by name."""
-    return linear(x, w[f"{name}.weight"].to(x.dtype), w[f"{name}.bias"].to(x.dtype))
+    """A Linear by name. One that has `codes` (e4m3 values) and `scale` reads its input cast to e4m3 with saturation."""
+    bias = w[f"{name}.bias"].to(x.dtype)
+    if f"{name}.codes" not in w:
+        return linear(x, w[f"{name}.weight"].to(x.dtype), bias)
+    top = torch.finfo(torch.float8_e4m3fn).max
+    rounded = x.float().clamp(-top, top).to(torch.float8_e4m3fn).to(x.dtype)
+    return linear(rounded, w[f"{name}.codes"].to(x.dtype)) * w[f"{name}.scale"].to(x.dtype) + bias
 
 
 def norm(w: Weights, name: str, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 // The forms of wgmma that the kernels use: d = A B^T, or d += A B^T where keep is not 0, over one slab of k.
 //
 // A: 64 rows, in registers (one uint4 a lane) or a slab of 64 rows; B: a slab of N rows, N = 8 * the n-tiles of d. A slab
-// is 16 channels of bf16, or 32 of s8 with 32-bit integer sums. Lists of operands are spelled out, as the assembler wants.
+// is 16 channels of bf16, or 32 of s8 with 32-bit integer sums, or 32 of e4m3 (product8). Lists of operands are spelled
+// out, as the assembler wants.
 #pragma once
 
 #define BITDGDM_R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
@@ -24,23 +25,24 @@
 #define BITDGDM_D128(c, i) BITDGDM_D64(c, i), BITDGDM_D64(c, i + 16)
 
 // in: A and B operands and the predicate by number, after N / 2 results
-#define BITDGDM_FORMS(T, c, N, SHAPE, TAIL_R, TAIL_S, R, D, A0, A1, A2, A3, B, P, AS, BS, PS)                              \
-  DEV void product(T (&d)[N / 8][4], const uint4& a, u64 b, int keep) {                                                   \
+#define BITDGDM_FORMS(NAME, T, c, N, SHAPE, TAIL_R, TAIL_S, R, D, A0, A1, A2, A3, B, P, AS, BS, PS)                              \
+  DEV void NAME(T (&d)[N / 8][4], const uint4& a, u64 b, int keep) {                                                   \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N SHAPE " {" R       \
                  "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p" TAIL_R ";\n}"                                  \
                  : D(c, 0) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(keep));                                  \
   }                                                                                                                       \
-  DEV void product(T (&d)[N / 8][4], u64 a, u64 b, int keep) {                                                            \
+  DEV void NAME(T (&d)[N / 8][4], u64 a, u64 b, int keep) {                                                            \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #PS ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N SHAPE " {" R      \
                  "}, %" #AS ", %" #BS ", p" TAIL_S ";\n}"                                                                 \
                  : D(c, 0) : "l"(a), "l"(b), "r"(keep));                                                                  \
   }
-#define BITDGDM_BOTH(N, R, D, ...)                                                                                        \
-  BITDGDM_FORMS(float, "+f", N, "k16.f32.bf16.bf16", ", 1, 1, 0", ", 1, 1, 0, 0", R, D, __VA_ARGS__)                       \
-  BITDGDM_FORMS(int, "+r", N, "k32.s32.s8.s8", "", "", R, D, __VA_ARGS__)
+#define BITDGDM_ALL(N, R, D, ...)                                                                                        \
+  BITDGDM_FORMS(product, float, "+f", N, "k16.f32.bf16.bf16", ", 1, 1, 0", ", 1, 1, 0, 0", R, D, __VA_ARGS__)                       \
+  BITDGDM_FORMS(product, int, "+r", N, "k32.s32.s8.s8", "", "", R, D, __VA_ARGS__) \
+  BITDGDM_FORMS(product8, float, "+f", N, "k32.f32.e4m3.e4m3", ", 1, 1", ", 1, 1", R, D, __VA_ARGS__)
 
-BITDGDM_BOTH(256, BITDGDM_R128, BITDGDM_D128, 128, 129, 130, 131, 132, 133, 128, 129, 130)
-BITDGDM_BOTH(128, BITDGDM_R64, BITDGDM_D64, 64, 65, 66, 67, 68, 69, 64, 65, 66)
-BITDGDM_BOTH(64, BITDGDM_R32, BITDGDM_D32, 32, 33, 34, 35, 36, 37, 32, 33, 34)
-BITDGDM_BOTH(32, BITDGDM_R0, BITDGDM_D16, 16, 17, 18, 19, 20, 21, 16, 17, 18)
-BITDGDM_BOTH(16, BITDGDM_R0_7, BITDGDM_D8, 8, 9, 10, 11, 12, 13, 8, 9, 10)
+BITDGDM_ALL(256, BITDGDM_R128, BITDGDM_D128, 128, 129, 130, 131, 132, 133, 128, 129, 130)
+BITDGDM_ALL(128, BITDGDM_R64, BITDGDM_D64, 64, 65, 66, 67, 68, 69, 64, 65, 66)
+BITDGDM_ALL(64, BITDGDM_R32, BITDGDM_D32, 32, 33, 34, 35, 36, 37, 32, 33, 34)
+BITDGDM_ALL(32, BITDGDM_R0, BITDGDM_D16, 16, 17, 18, 19, 20, 21, 16, 17, 18)
+BITDGDM_ALL(16, BITDGDM_R0_7, BITDGDM_D8, 8, 9, 10, 11, 12, 13, 8, 9, 10)

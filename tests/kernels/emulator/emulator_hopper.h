@@ -3,6 +3,7 @@
 // Descriptors are decoded as the PTX manual defines them (no swizzle), so a wrong stride reads wrong numbers here too.
 // Not seen here: a missing fence or wait, registers changed while a product runs.
 #pragma once
+#include "emulator_fp8.h"
 
 namespace emu {
 struct Barrier {  // the 8 bytes of an mbarrier
@@ -32,8 +33,10 @@ inline float bf16_at(const u8* p) {
   return as_float((u32)h << 16);
 }
 // One warp's 16 rows of a product. in: A registers or a descriptor, the descriptor of B, keep, the address of d.
-template <int N, bool INT, bool SLAB>
+enum Kind { BF16, S8, E4M3 };
+template <int N, Kind KIND, bool SLAB>
 inline void warp_product(Warp& w, int warp) {
+  constexpr bool INT = KIND != BF16;  // bytes
   float A[16][16];
   int AI[16][32];
   for (int lane = 0; lane < 32; lane++)
@@ -54,7 +57,11 @@ inline void warp_product(Warp& w, int warp) {
     u32* d = (u32*)(w.in[lane][7] | (u64)w.in[lane][8] << 32);
     for (int i = 0; i < N / 2; i++) {
       const int row = lane / 4 + (i % 4 / 2) * 8, col = i / 4 * 8 + (lane % 4) * 2 + i % 2;
-      if (INT) {
+      if (KIND == E4M3) {
+        float sum = w.in[lane][6] ? as_float(d[i]) : 0.0f;
+        for (int k = 0; k < 32; k++) sum += byte_value((u8)AI[row][k]) * byte_value(*core(b, col, k));
+        d[i] = as_bits(sum);
+      } else if (INT) {
         int sum = w.in[lane][6] ? (int)d[i] : 0;
         for (int k = 0; k < 32; k++) sum += AI[row][k] * (signed char)*core(b, col, k);
         d[i] = sum;
@@ -66,12 +73,12 @@ inline void warp_product(Warp& w, int warp) {
     }
   }
 }
-template <int N, bool INT, bool SLAB>
+template <int N, Kind KIND, bool SLAB>
 inline void issue(u32* d, u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int keep) {
   const u64 to = (u64)d;
   const u32 in[9] = {a0, a1, a2, a3, (u32)b, (u32)(b >> 32), (u32)keep, (u32)to, (u32)(to >> 32)};
   const int warp = current / 32;
-  meet(in, 9, [warp](Warp& w) { warp_product<N, INT, SLAB>(w, warp); });
+  meet(in, 9, [warp](Warp& w) { warp_product<N, KIND, SLAB>(w, warp); });
 }
 }  // namespace emu
 
@@ -80,19 +87,27 @@ DEV u64 slab(const void* p, int rows) {
 }
 template <int NT>
 DEV void product(float (&d)[NT][4], const uint4& a, u64 b, int keep) {
-  emu::issue<NT * 8, false, false>((u32*)d, a.x, a.y, a.z, a.w, b, keep);
+  emu::issue<NT * 8, emu::BF16, false>((u32*)d, a.x, a.y, a.z, a.w, b, keep);
 }
 template <int NT>
 DEV void product(int (&d)[NT][4], const uint4& a, u64 b, int keep) {
-  emu::issue<NT * 8, true, false>((u32*)d, a.x, a.y, a.z, a.w, b, keep);
+  emu::issue<NT * 8, emu::S8, false>((u32*)d, a.x, a.y, a.z, a.w, b, keep);
 }
 template <int NT>
 DEV void product(float (&d)[NT][4], u64 a, u64 b, int keep) {
-  emu::issue<NT * 8, false, true>((u32*)d, (u32)a, (u32)(a >> 32), 0, 0, b, keep);
+  emu::issue<NT * 8, emu::BF16, true>((u32*)d, (u32)a, (u32)(a >> 32), 0, 0, b, keep);
 }
 template <int NT>
 DEV void product(int (&d)[NT][4], u64 a, u64 b, int keep) {
-  emu::issue<NT * 8, true, true>((u32*)d, (u32)a, (u32)(a >> 32), 0, 0, b, keep);
+  emu::issue<NT * 8, emu::S8, true>((u32*)d, (u32)a, (u32)(a >> 32), 0, 0, b, keep);
+}
+template <int NT>
+DEV void product8(float (&d)[NT][4], const uint4& a, u64 b, int keep) {
+  emu::issue<NT * 8, emu::E4M3, false>((u32*)d, a.x, a.y, a.z, a.w, b, keep);
+}
+template <int NT>
+DEV void product8(float (&d)[NT][4], u64 a, u64 b, int keep) {
+  emu::issue<NT * 8, emu::E4M3, true>((u32*)d, (u32)a, (u32)(a >> 32), 0, 0, b, keep);
 }
 
 DEV void barrier_init(u64* b, int arrivals) { *(emu::Barrier*)b = {(short)arrivals, (short)arrivals, 0}; }
@@ -102,6 +117,7 @@ DEV void barrier_arrive(u64* b) { ((emu::Barrier*)b)->step(1, 0); }
 DEV void barrier_wait(u64* b, u32 parity) {
   while ((u32)(((volatile emu::Barrier*)b)->bytes_phase & 1) == parity) emu::yield();
 }
+DEV bool barrier_passed(u64* b, u32 parity) { return (u32)(((volatile emu::Barrier*)b)->bytes_phase & 1) != parity; }
 DEV void copy_bulk(void* shared, const void* global, u32 bytes, u64* b) {
   if (bytes % 16 || (u64)global % 16 || (u64)shared % 16) abort();
   memcpy(shared, global, bytes);
