@@ -2,8 +2,9 @@
 
 Guarantees: a graph's bytes are a function of (network, seed, id, times), whatever the batch (law L1), so a batch that
 doesn't fit into the device's free memory is cut, so that any count runs; a network whose recipe the kernels don't know is refused with the reason.
-Of an 8-bit recipe (absmax, one scale a row) the products of nodes run on integers, exactly as QuantLinear rounds
-them; the products of edges and of y run in bf16 on the dequantized weights, so their inputs aren't rounded to 8 bit.
+Of an 8-bit integer recipe (absmax, one scale a row) the products of nodes run on integers, exactly as QuantLinear rounds
+them; the products of edges and of y run in bf16 on the dequantized weights, so their inputs aren't rounded to 8 bit. A
+recipe of 8-bit floats (e4m3 weights with a scale a row, inputs cast with scale one) is computed as it says, every Linear.
 Knows nothing of: how a kernel works, files, campaigns. Errors of the kernels' floor become this project's here.
 """
 
@@ -21,9 +22,11 @@ from bitdgdm.kernels.denoise import Denoiser, Noise
 from bitdgdm.kernels.fits import batch_that_fits
 from bitdgdm.kernels.fits import supports as fits_gpu
 from bitdgdm.kernels.launch import Device, Launcher, PyCudaMissing
-from bitdgdm.kernels.network import Integers, Shape, prepare, supports
+from bitdgdm.kernels.network import Integers, Network, Shape, prepare, supports
+from bitdgdm.kernels.network_f8 import Codes, overflow, prepare_f8
 from bitdgdm.kernels.step_graph import denoise, open_device
 from bitdgdm.kernels.toolchain import missing
+from bitdgdm.models.digress import quantizable
 from bitdgdm.models.digress_config import DigressConfig
 from bitdgdm.models.seam import Chain
 from bitdgdm.quant.linear import QuantLinear
@@ -31,7 +34,8 @@ from bitdgdm.quant.recipe import Recipe
 
 log = logging.getLogger("bitdgdm.engine")
 LEAST_SHARED = 101376  # of a block on sm_86 and sm_89; newer PyTorch says what it is here
-INTEGERS_ON = (9, 0)
+HOPPER = (9, 0)
+INT8, FP8 = Recipe("", 8, 8), Recipe("", 8, 8, weight_format="fp8", act_format="fp8", act_scale="one")
 NOT_RUN = {"name": "", "summary": "", "source": "", "cost": "", "version": 1}
 
 
@@ -51,7 +55,7 @@ def refusal(network: nn.Module, config: DigressConfig) -> str:
 
 def shortfall(network: nn.Module) -> str:
     """What of the network's recipe the kernels compute otherwise than it says, or "" if nothing."""
-    if not _rounded(network):
+    if not _rounded(network) or _is_fp8(network):
         return ""
     return "of an 8-bit recipe they round the inputs of node products only; edges and y are computed in bf16"
 
@@ -62,14 +66,23 @@ def _rounded(network: nn.Module) -> dict[str, QuantLinear]:
     return {name: m for name, m in named if isinstance(m, QuantLinear) and m.recipe.act_quantized}
 
 
+def _is_fp8(network: nn.Module) -> bool:
+    return any(m.recipe.weight_format == "fp8" for m in _rounded(network).values())
+
+
 def _network_refusal(network: nn.Module, config: DigressConfig) -> str:
-    for module in _rounded(network).values():
-        r = module.recipe
-        rounded_so = r.changed(**NOT_RUN, weight_clip="absmax", rounding="nearest")
-        if rounded_so != Recipe("", 8, 8):
-            return f"they don't compute recipe {r.name}"
-    ok, reason = supports(_weights(network), kernel_shape(config))
-    return "" if ok else reason
+    rounded, shape = _rounded(network), kernel_shape(config)
+    wanted = FP8 if _is_fp8(network) else INT8
+    for module in rounded.values():
+        if module.recipe.changed(**NOT_RUN, weight_clip="absmax", rounding="nearest") != wanted:
+            return f"they don't compute recipe {module.recipe.name}"
+    ok, reason = supports(_weights(network), shape)
+    if not ok or wanted is not FP8:
+        return "" if ok else reason
+    left_out = sorted(set(quantizable(config)) - set(rounded))
+    if left_out:
+        return f"they compute 8-bit floats in every Linear of the layers, and {left_out[0]} isn't quantized"
+    return overflow(_weights(network), _codes(network), shape)
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
@@ -89,6 +102,20 @@ def _integers(network: nn.Module) -> dict[str, Integers]:
     return found
 
 
+def _codes(network: nn.Module) -> dict[str, Codes]:
+    found = {}
+    for name, m in _rounded(network).items():
+        assert m.codes is not None and m.scale is not None
+        found[name] = Codes(m.codes, m.scale)
+    return found
+
+
+def _packed(network: nn.Module, shape: Shape, device: torch.device) -> Network:
+    if _is_fp8(network):
+        return prepare_f8(_weights(network), _codes(network), shape, device)
+    return prepare(_weights(network), shape, device, integers=_integers(network))
+
+
 def _device_refusal(rounded: Mapping[str, QuantLinear], config: DigressConfig) -> str:
     found = torch.cuda.get_device_capability()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -96,8 +123,9 @@ def _device_refusal(rounded: Mapping[str, QuantLinear], config: DigressConfig) -
     ok, reason = fits_gpu(kernel_shape(config), found, shared)
     if not ok:
         return reason
-    if rounded and found != INTEGERS_ON:
-        return f"the GPU is sm_{found[0]}{found[1]}, their integer products are written for sm_90"
+    if rounded and found != HOPPER:
+        of = "floats" if any(m.recipe.weight_format == "fp8" for m in rounded.values()) else "integer products"
+        return f"the GPU is sm_{found[0]}{found[1]}, their 8-bit {of} are written for sm_90"
     return ""
 
 
@@ -132,7 +160,7 @@ class KernelEngine:
             self._launcher = launcher or open_device(shape, torch.cuda.current_device())
         self.name, self.config, self.dtype = name, config, torch.bfloat16
         self.device = self._launcher.device
-        self._network = prepare(_weights(network), shape, self.device, integers=_integers(network))
+        self._network = _packed(network, shape, self.device)
         self._fits: int | None = None  # graphs at a time, once the memory was found too small
 
     def denoise(

@@ -34,7 +34,8 @@ if torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED, STEPS = 2**63 + 5, 6
-MODELS = ("builtin:digress-qm9", "rtn-w8a8")
+RECIPES = ("rtn-w8a8", "fp8-one-w8a8")
+MODELS = ("builtin:digress-qm9", *RECIPES)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -43,18 +44,18 @@ def engine(request: pytest.FixtureRequest) -> KernelEngine:
 
 
 def open_kernels(model: str) -> KernelEngine:
-    if model == "rtn-w8a8":
-        return KernelEngine(eight_bit(), QM9, model)
+    if model in RECIPES:
+        return KernelEngine(eight_bit(model), QM9, model)
     found = load_engine(model, "cuda", engine="kernels")
     assert isinstance(found, KernelEngine)
     return found
 
 
-def eight_bit() -> GraphTransformer:
-    """The shipped network by the recipe rtn-w8a8."""
+def eight_bit(name: str) -> GraphTransformer:
+    """The shipped network by a recipe."""
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("integer products are written for sm_90")
-    network, recipe = build(QM9, load_source("builtin:digress-qm9").weights), get_recipe("rtn-w8a8")
+        pytest.skip("8-bit products are written for sm_90")
+    network, recipe = build(QM9, load_source("builtin:digress-qm9").weights), get_recipe(name)
     for name in quantizable(QM9):
         linear = network.get_submodule(name)
         owner, _, attribute = name.rpartition(".")
@@ -118,7 +119,7 @@ def digest(graphs: Graphs) -> str:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_equal_bytes(engine: KernelEngine) -> None:
-    model = "rtn-w8a8" if engine.name == "rtn-w8a8" else "builtin:digress-qm9"
+    model = engine.name if engine.name in RECIPES else "builtin:digress-qm9"
     wanted = digest(sample_ids(engine, QM9, SEED, 0, 512, STEPS, 512))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     at_once = [
@@ -172,8 +173,9 @@ def test_logits_are_as_near_to_float32_as_torch_in_bf16(bf16: KernelEngine, time
         assert relative(ours, want) <= 2 * relative(theirs, want) + 1e-4
 
 
-def test_an_8_bit_network_gives_the_logits_of_quant_linear(bf16: KernelEngine) -> None:
-    ours, theirs = KernelEngine(eight_bit(), QM9), TorchEngine(eight_bit(), QM9, "cuda")
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_8_bit_network_gives_the_logits_of_quant_linear(name: str) -> None:
+    ours, theirs = KernelEngine(eight_bit(name), QM9), TorchEngine(eight_bit(name), QM9, "cuda")
     full = TorchEngine(build(QM9, load_source("builtin:digress-qm9").weights), QM9, "cuda")
     X, E, mask = a_state(ours.device)
     t = torch.full((len(X),), 100, device=ours.device)

@@ -222,6 +222,50 @@ def test_a_recipe_a_width_and_a_gpu_that_the_kernels_cannot_serve_are_refused_by
         KernelEngine(GraphTransformer(narrow), narrow)
 
 
+def in_8_bit_floats(net: GraphTransformer, names: tuple[str, ...]) -> GraphTransformer:
+    recipe = get_recipe("fp8-one-w8a8")
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        linear = net.get_submodule(name)
+        layer = QuantLinear.from_parts(decompose(linear.weight, recipe)[0], linear.bias, recipe)
+        setattr(net.get_submodule(owner), attribute, layer)
+    return net
+
+
+def test_a_recipe_of_8_bit_floats_is_computed_as_it_says_in_every_linear_or_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = SimpleNamespace(shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(kernel_engine, "missing", lambda: "")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    names = quantizable(SMALL)
+    whole = in_8_bit_floats(network(), names)
+    assert refusal(whole, SMALL) == "" and shortfall(whole) == ""
+    assert names[5] in refusal(in_8_bit_floats(network(), (*names[:5], *names[6:])), SMALL)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert "8-bit floats are written for sm_90" in refusal(whole, SMALL)
+    whole.tf_layers[0].normE2.weight.fill_(1e6)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert "tf_layers.1.self_attn.e_" in refusal(whole, SMALL)
+
+
+@EMULATED
+def test_an_engine_of_8_bit_floats_gives_the_logits_of_quant_linear() -> None:
+    net = in_8_bit_floats(network(), quantizable(SMALL))
+    ours = KernelEngine(net, SMALL, "fp8", Emulator(kernel_shape(SMALL).defines))
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    torch.manual_seed(1)
+    X = torch.eye(4)[torch.randint(4, (2, 9))] * mask[..., None]
+    upper = torch.randint(5, (2, 9, 9)).triu(1)
+    E = torch.eye(5)[upper + upper.transpose(1, 2)] * (mask[:, :, None] & mask[:, None])[..., None]
+    t = torch.full((2,), 7)
+    quant, exact = (TorchEngine(n, SMALL).logits(X, E, t, mask) for n in (net, network()))
+    for mine, want, full in zip(ours.logits(X, E, t, mask), quant, exact, strict=True):
+        assert (mine - want).norm() <= (want - full).norm()
+
+
 def test_a_missing_compiler_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(*_: object) -> None:
         raise CompilerMissing("node.cu", kernel_engine.__file__)  # type: ignore[arg-type]
