@@ -372,7 +372,7 @@ def main() -> None:
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     p.add_argument("--runs", type=int, default=5)
     p.add_argument("--steps", type=int, nargs="+", default=[15, 25, 35, 50, 100, 250], help="numbers of steps to scan")
-    p.add_argument("--recipes", nargs="*", default=["rtn-w8a8"], help="quantized engines beside bf16")
+    p.add_argument("--recipes", nargs="*", default=["fp8-one-w8a8"], help="quantized engines beside bf16")
     p.add_argument("--ids", type=int, default=100_000, help="molecules at the best number of steps")
     p.add_argument("--every", action="store_true", help="scan the number of steps for the quantized engines too")
     p.add_argument("--compile-moses", action="store_true", help="torch.compile for MOSES dims too (a minute)")
