@@ -357,6 +357,10 @@ def main() -> None:
     p.add_argument("--tables", type=Path, help="keep the rows of all samples here, as Parquet")
     p.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     a = p.parse_args()
+    if a.device == "cuda":
+        torch.set_num_threads(
+            4
+        )  # what is left for the CPU are tiny tensors, on which many threads wait for each other
     book = {r.name: r for r in recipes()}
     asked, files = list(a.recipes or ()), dict[str, str]()
     for k, name in enumerate(asked):

@@ -8,14 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
-from bitdgdm.infra.rows import make_row
+from bitdgdm.infra.rows import make_row, read_rows, write_rows
 from bitdgdm.pipelines.measure import BITS, KL
 from bitdgdm.quant.recipe_book import get_recipe, recipes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import scoreboard
+import scoreboard_merge
 import scoreboard_page
 
 
@@ -142,3 +144,35 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch: pytest.M
     board = SimpleNamespace(samples=1000, seed=1, steps=5)
     assert scoreboard.draw(SimpleNamespace(config=None), board, "x")[0] == "graphs"  # type: ignore[arg-type]
     assert tried == [1000, 500, 250]
+
+
+def test_of_two_rows_of_a_figure_the_one_of_more_molecules_counts_then_the_later() -> None:
+    many, few = row("rtn-w4a4", KL, 33.0, n=2000), row("rtn-w4a4", KL, 31.0, n=100)
+    assert scoreboard_merge.merged([many], [few]) == [many]
+    assert scoreboard_merge.merged([few], [many]) == [many]
+    again = {**many, "value": 32.0}
+    assert scoreboard_merge.merged([many], [again, few]) == [again]
+
+
+def test_kept_samples_are_judged_once_under_the_hardware_that_drew_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.models.test_quality import ROWS, table
+
+    case = "rtn-w4a4, 5 samples, 3 steps"
+    write_rows(
+        tmp_path / "run" / "k0" / "scoreboard-nvidia-h200.json",
+        [row(case, scoreboard_merge.RATE, 9.0, "1/s", hardware="NVIDIA H200")],
+    )
+    (tmp_path / "run" / "tables").mkdir()
+    pq.write_table(table(*ROWS), tmp_path / "run" / "tables" / "rtn-w4a4-5-samples-3-steps.parquet")
+    smiles = ["CCO", "CCN", "CCC"]
+    monkeypatch.setattr(scoreboard_merge, "held_out_smiles", lambda: smiles)
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "run"), "--results", str(tmp_path / "results")])
+    scoreboard_merge.main()
+    found = {r["metric"]: r for r in read_rows(tmp_path / "results" / "scoreboard-nvidia-h200.json")}
+    assert found["validity"]["value"] == pytest.approx(60) and found["validity"]["hardware"] == "NVIDIA H200"
+    assert found["validity"]["baseline"].startswith("judged on ") and scoreboard_merge.RATE in found
+    assert "judged here" in capsys.readouterr().out
+    scoreboard_merge.main()
+    assert "judged here" not in capsys.readouterr().out
