@@ -38,6 +38,13 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
+def tidy(row: Row, commit: str) -> Row:
+    """Return the row with folders of the machine that made it by their last name, and the commit that an archive lost."""
+    command = re.sub(r"(?<=\s)/\S*?([^/\s]+)(?=\s|$)", r"\1", row["command"])
+    lost = bool(commit) and "+g" not in row["commit"]
+    return {**row, "command": command, "commit": f"{row['commit']}+g{commit}" if lost else row["commit"]}
+
+
 def case_of(table: Path) -> str | None:
     """Return the case whose samples a file holds."""
     match = _TABLE.match(table.stem)
@@ -57,12 +64,13 @@ def main() -> None:
     """Parse the options, merge, judge."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", type=Path)
+    p.add_argument("--commit", default="", help="of rows that were made from an archive without .git")
     p.add_argument("--results", type=Path, default=RESULTS)
     a = p.parse_args()
     files: dict[str, list[Row]] = {}
     for run in a.runs:
         for path in sorted(run.rglob(f"{QUESTION}-*.json")):
-            files[path.name] = merged(files.get(path.name, []), read_rows(path))
+            files[path.name] = merged(files.get(path.name, []), [tidy(r, a.commit) for r in read_rows(path)])
     for name, rows in files.items():
         kept = a.results / name
         rows = merged(read_rows(kept) if kept.exists() else [], rows)

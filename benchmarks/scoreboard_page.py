@@ -223,9 +223,19 @@ def gallery(rows: Sequence[Row], folder: Path) -> str:
     )
 
 
+_PLACES = re.compile(r" --(?:results|artifacts|tables|limit) \S+| --again")
+_NAMES = re.compile(r" --recipes(?: (?!--)\S+)+")
+
+
 def _origins(board: dict[str, Metrics]) -> str:
+    """Who made the rows: commands without their places and lists of names, once each."""
     made = dict.fromkeys(
-        (r["date"], r["commit"], json.dumps(r["versions"]), r["command"])
+        (
+            r["date"],
+            r["commit"],
+            json.dumps(r["versions"]),
+            _NAMES.sub(" --recipes ...", _PLACES.sub("", r["command"])),
+        )
         for of in board.values()
         for r in of.values()
     )

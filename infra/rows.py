@@ -65,8 +65,17 @@ def make_row(
         "spread": spread or (f"{min(runs):.4g}..{max(runs):.4g}" if len(runs) > 1 else ""),
         "hardware": hardware, "versions": versions(cuda), "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
     }  # fmt: skip
+
+
+def _command() -> str:
+    """What was typed: `bitdgdm ...`, or `python SCRIPT ...` with the script's place in this project."""
+    script, root = Path(sys.argv[0]), Path(__file__).resolve().parent.parent
+    if script.name == "bitdgdm" or script.parts[-2:] == ("pipelines", "cli.py"):
+        return shlex.join(["bitdgdm", *sys.argv[1:]])
+    known = script.is_absolute() and script.is_relative_to(root)
+    return shlex.join(["python", str(script.relative_to(root) if known else script), *sys.argv[1:]])
 
 
 @cache

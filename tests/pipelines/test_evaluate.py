@@ -215,3 +215,15 @@ def test_rows_survive_their_file_and_a_file_of_something_else_is_refused(tmp_pat
     (tmp_path / "rows.json").write_text('[{"question": 1}]')
     with pytest.raises(BadInput, match="no list of result rows"):
         read_rows(tmp_path / "rows.json")
+
+
+def test_a_row_names_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[2]
+    for argv, typed in (
+        (["/usr/bin/bitdgdm", "evaluate", "--model", "a b"], "bitdgdm evaluate --model 'a b'"),
+        ([f"{root}/pipelines/cli.py", "compare", "x"], "bitdgdm compare x"),
+        ([f"{root}/benchmarks/rows.py", "--n", "1"], "python benchmarks/rows.py --n 1"),
+        (["benchmarks/rows.py"], "python benchmarks/rows.py"),
+    ):
+        monkeypatch.setattr("sys.argv", argv)
+        assert make_row("q", "c", "m", 1.0, "", hardware="x")["command"] == typed

@@ -176,3 +176,19 @@ def test_kept_samples_are_judged_once_under_the_hardware_that_drew_them(
     assert "judged here" in capsys.readouterr().out
     scoreboard_merge.main()
     assert "judged here" not in capsys.readouterr().out
+
+
+def test_rows_from_elsewhere_name_no_folder_of_that_machine_and_the_commit_that_an_archive_lost() -> None:
+    made = {
+        **row("x", KL, 1.0),
+        "commit": "0.1.0",
+        "command": "python benchmarks/scoreboard.py --results /mnt/out-7/k0 --recipes a b --samples 9",
+    }
+    tidied = scoreboard_merge.tidy(made, "abc123")
+    assert tidied["command"] == "python benchmarks/scoreboard.py --results k0 --recipes a b --samples 9"
+    assert (
+        tidied["commit"] == "0.1.0+gabc123"
+        and scoreboard_merge.tidy(tidied, "other")["commit"] == "0.1.0+gabc123"
+    )
+    page = scoreboard_page.section([tidied])
+    assert "`python benchmarks/scoreboard.py --recipes ... --samples 9`" in page
