@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bitdgdm.infra.rows import Row, ends
 
@@ -107,7 +107,10 @@ def pareto(
                 fontsize=7.5,
             )
         if log_y:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            plain = FuncFormatter(lambda v, _: f"{v:g}")
+            axes.yaxis.set_major_formatter(plain)
+            narrow = max(p.y for p in shown) < 10 * min(p.y for p in shown)  # a decade may hold no major tick
+            axes.yaxis.set_minor_formatter(plain if narrow else NullFormatter())
         if log_x:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axes.xaxis.set_minor_formatter(
