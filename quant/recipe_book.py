@@ -110,6 +110,13 @@ METHOD = (
         source=f"{PAPER}, ablation without sparse products",
         cost=f"{NO_DATA}; a rank-16 product in 16 bit beside the 4-bit one",
     ),
+    DEFAULT.changed(
+        name="bitdgdm-repair-w4a4-r16-s1",
+        repair_steps=100,
+        summary="the default, its biases distilled on the network's own molecules",
+        source=f"{PAPER}; Nagel et al., ICCV 2019, for biases that take back what rounding shifts",
+        cost="self-drawn molecules and 100 steps of training; at run time and in size as the default",
+    ),
     _solved_by("svd", "svd", "truncated SVD", "a truncated SVD, then the largest of what it leaves"),
     _solved_by("altproj", "altproj", "Netrapalli et al., NeurIPS 2014", "alternating projections"),
     _solved_by(
