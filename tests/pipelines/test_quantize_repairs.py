@@ -1,5 +1,6 @@
 """Run: pytest tests/pipelines/test_quantize_repairs.py"""
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ RECIPE = Recipe(
 
 @pytest.fixture
 def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SourceModel:
-    monkeypatch.setattr(module, "get_recipe", lambda name: RECIPE)
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE.to_dict()))
     monkeypatch.setattr(module, "repaired", partial(repaired, molecules=4, steps=4))
     torch.manual_seed(0)
     model = source_model(TINY, GraphTransformer(TINY).state_dict(), "tiny")
@@ -44,7 +45,13 @@ def test_a_recipe_with_repair_stores_its_factors_and_reports_the_repaired_layers
 ) -> None:
     paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     for path in paths:
-        quantize(str(tmp_path / "tiny.safetensors"), RECIPE.name, out=path, executor="local", quiet=True)
+        quantize(
+            str(tmp_path / "tiny.safetensors"),
+            str(tmp_path / "recipe.json"),
+            out=path,
+            executor="local",
+            quiet=True,
+        )
     assert paths[0].read_bytes() == paths[1].read_bytes()
     artifact = load_artifact(paths[0])
     assert artifact.layers
@@ -66,5 +73,11 @@ def test_a_repair_that_fails_is_told_by_name_and_leaves_no_file(
     monkeypatch.setattr(module, "repaired", broken)
     out = tmp_path / "out.safetensors"
     with pytest.raises(RepairFailed, match=RECIPE.name):
-        quantize(str(tmp_path / "tiny.safetensors"), RECIPE.name, out=out, executor="local", quiet=True)
+        quantize(
+            str(tmp_path / "tiny.safetensors"),
+            str(tmp_path / "recipe.json"),
+            out=out,
+            executor="local",
+            quiet=True,
+        )
     assert not out.exists()
