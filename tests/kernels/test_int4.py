@@ -58,7 +58,7 @@ def test_a_plain_product_is_its_twin_to_the_last_bit(arch: str, asymmetric: bool
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_the_twin_is_quant_linear_to_the_last_bit(asymmetric: bool) -> None:
     recipe, x = get_recipe("rtn-w4a4"), inputs(33, 96).clamp(-1e18, 1e18)
-    recipe = type(recipe)(**{**recipe.to_dict(), "act_asymmetric": asymmetric})
+    recipe = recipe.changed(act_asymmetric=asymmetric)
     torch.manual_seed(1)
     parts, bias = decompose(torch.randn(48, 96), recipe)[0], torch.randn(48)
     layer = QuantLinear.from_parts(parts, bias, recipe)
