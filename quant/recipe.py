@@ -36,7 +36,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "act_groups": ("equal", "learned", "smooth"),
     "calibration": ("none", "uniform", "skewed"),
 }
-COUNTS = ("rank", "weight_group", "columns", "outlier_budget", "repair_steps", "repair_rank")
+COUNTS = ("rank", "weight_group", "columns", "outlier_budget", "act_bins", "repair_steps", "repair_rank")
+LARGEST_COUNT = 2**16
+"""No width comes near it: a slip in a file must not ask for more memory than there is."""
 FLAGS = ("act_asymmetric", "remainder", "cross_product")
 
 
@@ -111,11 +113,20 @@ class Recipe:
     overrides: tuple[tuple[str, Changes], ...] = ()
 
     def __post_init__(self) -> None:
+        for field in ("name", "summary", "source", "cost"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{field} is text, not {getattr(self, field)!r}")
+        if not self.name.strip() or "/" in self.name or not self.name.isprintable():
+            raise ValueError(f"a name is a line of text without slashes, not {self.name!r}")
+        for field in ("alpha", "smooth_strength", "outlier_sigma"):
+            value = getattr(self, field)
+            if not isinstance(value, (int, float)) and not (value is None and field == "outlier_sigma"):
+                raise ValueError(f"{self.name}: {field} is a number, not {value!r}")
         for field, allowed in CHOICES.items():
-            if getattr(self, field) not in allowed:
+            if (type(getattr(self, field)), getattr(self, field)) not in [(type(a), a) for a in allowed]:
                 raise ValueError(f"{self.name}: {field} is one of {allowed}, not {getattr(self, field)!r}")
         for field in COUNTS:
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < 0:
+            if type(getattr(self, field)) is not int or not 0 <= getattr(self, field) <= LARGEST_COUNT:
                 raise ValueError(f"{self.name}: {field} is a count, not {getattr(self, field)!r}")
         for field in FLAGS:
             if not isinstance(getattr(self, field), bool):
@@ -242,6 +253,8 @@ class Recipe:
             raise ValueError(
                 f"a recipe has no {sorted(unknown)}; its keys are {sorted(f.name for f in fields(cls))}"
             )
+        if missing := {"name", "weight_bits", "act_bits"} - set(values):
+            raise ValueError(f"a recipe needs {sorted(missing)}")
         pairs = values.get("overrides", ())
         overrides = tuple(
             (str(p), tuple((str(key), value) for key, value in changes)) for p, changes in pairs

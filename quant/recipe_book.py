@@ -189,7 +189,7 @@ def open_recipe(name: str) -> Recipe:
         )
     try:
         return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(
             f"{name} holds no recipe ({error}). Write one with: bitdgdm search MODEL --bits 4.3 --out {name}"
         ) from error

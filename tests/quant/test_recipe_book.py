@@ -2,12 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from bitdgdm.infra.errors import UnknownRecipe
+from bitdgdm.infra.errors import BadInput, UnknownRecipe
 from bitdgdm.quant.recipe import Recipe
-from bitdgdm.quant.recipe_book import get_recipe, recipes
+from bitdgdm.quant.recipe_book import get_recipe, open_recipe, recipes
 
 
 def test_every_recipe_is_found_by_its_name_and_survives_json():
@@ -43,3 +44,30 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(UnknownRecipe) as caught:
         get_recipe("rtn-w2a2")
     assert all(recipe.name in str(caught.value) for recipe in recipes())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}", "[1, 2]", "not json", "[" * 100_000,
+        *(json.dumps(get_recipe("rtn-w4a4").to_dict() | change) for change in (
+            {"name": "../x"}, {"name": 5}, {"name": ""}, {"rank": 10**9}, {"rank": "16"}, {"rank": True}, {"act_bins": 1.5},
+            {"weight_bits": 4.0}, {"alpha": "much"}, {"outlier_sigma": "3"}, {"overrides": "abc"}, {"colour": 1},
+        )),
+    ],
+    ids=lambda text: text[:12] + text[-40:],
+)  # fmt: skip
+def test_a_file_that_holds_no_recipe_is_refused_with_the_command_that_writes_one(
+    content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(BadInput, match=r"mine\.json holds no recipe .* bitdgdm search"):
+        open_recipe(str(path))
+
+
+def test_a_file_gives_the_recipe_that_was_written(tmp_path: Path) -> None:
+    for recipe in recipes():
+        path = tmp_path / f"{recipe.name}.json"
+        path.write_text(json.dumps(recipe.to_dict()))
+        assert open_recipe(str(path)) == recipe
