@@ -116,7 +116,7 @@ class Recipe:
         for field in ("name", "summary", "source", "cost"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"{field} is text, not {getattr(self, field)!r}")
-        if not self.name.strip() or "/" in self.name or not self.name.isprintable():
+        if "/" in self.name or not self.name.isprintable():
             raise ValueError(f"a name is a line of text without slashes, not {self.name!r}")
         for field in ("alpha", "smooth_strength", "outlier_sigma"):
             value = getattr(self, field)
@@ -255,6 +255,8 @@ class Recipe:
             )
         if missing := {"name", "weight_bits", "act_bits"} - set(values):
             raise ValueError(f"a recipe needs {sorted(missing)}")
+        if not values["name"]:
+            raise ValueError("a recipe that is kept has a name")
         pairs = values.get("overrides", ())
         overrides = tuple(
             (str(p), tuple((str(key), value) for key, value in changes)) for p, changes in pairs
