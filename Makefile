@@ -22,7 +22,7 @@ help:
 $(READY): pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@echo "installing into .venv (about 2.3 GB, a few minutes the first time)"
+	@echo "installing into .venv (about 2.7 GB, a few minutes the first time)"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -c requirements.lock setuptools
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -c requirements.lock --no-build-isolation -e '.[dev,server]'
 	@touch $@
