@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 import torch
 from rows import RESULTS, hardware, keep, results_file
 
+from bitdgdm.infra.errors import KernelsUnavailable
 from bitdgdm.infra.fingerprint import fingerprint
 from bitdgdm.infra.rows import Row, read_rows
 from bitdgdm.infra.version import code_version
@@ -41,6 +42,7 @@ from bitdgdm.models.distribution import Measure
 from bitdgdm.models.divergence import Predictions, States, divergence, held_out_states, predict
 from bitdgdm.models.engine import TorchEngine, load_engine
 from bitdgdm.models.held_out import held_out_smiles
+from bitdgdm.models.int4_network import Int4Layer
 from bitdgdm.models.novelty import BUILTIN, load_reference
 from bitdgdm.models.profile import Profile
 from bitdgdm.models.quality import quality
@@ -51,6 +53,7 @@ from bitdgdm.pipelines import decompose_network
 from bitdgdm.pipelines.measure import BITS, HELD_OUT, SIZE, Rows, divergence_rows, reference_profile
 from bitdgdm.pipelines.quantize import quantize
 from bitdgdm.quant.artifact import read_header
+from bitdgdm.quant.linear import QuantLinear
 from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import open_recipe, recipes
 from bitdgdm.quant.stats import LayerStats
@@ -59,6 +62,7 @@ from bitdgdm.tasks.score_unit import Scoring
 QUESTION, MODEL = "scoreboard", "builtin:digress-qm9"
 FULL, FULL_KERNELS = "full-precision", "full-precision-bf16-kernels"  # pseudo-recipes, sampled only
 MARK = "recipe version"
+EMULATED = "PyTorch, fake quantization"
 BEGAN = time.monotonic()
 _CHUNK = 256
 
@@ -80,6 +84,7 @@ class Board:
     artifacts: Path
     again: bool
     compiled: bool
+    fused: bool
     tables: Path | None
     files: dict[str, str]  # of recipes that are not in the book
     done: dict[tuple[str, str], Row]
@@ -227,9 +232,22 @@ def open_engine(recipe: str, model: str | Path, board: Board) -> Engine:
         engine = load_engine(model, "cuda", "fp32", engine="torch")
     else:
         engine = load_engine(model, "cuda", engine="auto")
-    if board.compiled and isinstance(engine, TorchEngine):
+        if board.fused and isinstance(engine, TorchEngine):
+            with suppress(KernelsUnavailable):
+                engine = load_engine(model, "cuda", engine="kernels")
+    if board.compiled and _how(engine) == EMULATED:
         compile_layers(engine, board)
     return engine
+
+
+def _how(engine: Engine) -> str:
+    """What computes the samples, for people."""
+    if not isinstance(engine, TorchEngine):
+        return "our kernels"
+    kinds = {type(m) for m in engine._network.modules()}
+    if Int4Layer in kinds:
+        return "one launch a Linear"
+    return EMULATED if QuantLinear in kinds else "PyTorch"
 
 
 def compile_layers(engine: TorchEngine, board: Board) -> None:
@@ -320,13 +338,7 @@ def draw_one(name: str, recipe: Recipe | None, board: Board) -> Graphs:
     with peak_mb(board.device) as peak:
         graphs, seconds = draw(engine, board, name)
     row = board.rows_of(sampled_case(name, board))
-    how = (
-        "our kernels"
-        if not isinstance(engine, TorchEngine)
-        else "PyTorch, fake quantization"
-        if recipe
-        else "PyTorch"
-    )
+    how = _how(engine)
     board.keep([
         row("molecules/s, ids to graphs", len(graphs) / seconds, "1/s", n=len(graphs), baseline=how),
         row("sampling, peak memory", peak(), "MB", n=1, baseline=how),
@@ -352,6 +364,9 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--again", action="store_true", help="measure what is there already")
     p.add_argument("--compile", action="store_true", help="fuse each layer by torch.compile when sampling")
+    p.add_argument(
+        "--fused", action="store_true", help="sample through the kernel of 4-bit Linears where it computes the recipe"
+    )
     p.add_argument("--limit", type=float, default=float("inf"), help="start no recipe after so many seconds")
     p.add_argument("--artifacts", type=Path, help="keep artifacts here, and take them from here")
     p.add_argument("--tables", type=Path, help="keep the rows of all samples here, as Parquet")
@@ -375,7 +390,7 @@ def main() -> None:
         folder = a.artifacts or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         board = Board(
-            a.device, a.molecules, a.samples, a.steps, a.seed, a.results, folder, a.again, a.compile, a.tables, files,
+            a.device, a.molecules, a.samples, a.steps, a.seed, a.results, folder, a.again, a.compile, a.fused, a.tables, files,
             {(r["case"], r["metric"]): r for r in (read_rows(kept) if kept.exists() else [])},
         )  # fmt: skip
         failed: list[str] = []
