@@ -126,7 +126,7 @@ def _assemble(
 
 
 def _with_bias_and_tau(source: SourceModel, recipe: Recipe, parts: dict[str, Parts]) -> dict[str, Layer]:
-    """What the artifact stores of each layer; tau where it has a closed form, for the layer's own k."""
+    """What the artifact stores of each layer; tau behind a LayerNorm, for the layer's own k."""
     sigmas = {name: recipe.for_layer(name).outlier_sigma for name in parts}
     by_sigma = {
         k: thresholds(source.weights, source.config, k) for k in set(sigmas.values()) if k is not None

@@ -54,12 +54,12 @@ OWN = (
     _gptq(3, 8),
     _gptq(4, 8),
     Recipe(
-        "gptq-asym-w4a4", 4, 4, outlier_sigma=2.5, **_ROUNDED,
+        "gptq-asym-w4a4", 4, 4, outlier_sigma=2.5, version=2, **_ROUNDED,
         summary="4-bit weights by gptq, asymmetric 4-bit activations, outliers beyond 2.5 sigma in 16 bit",
         source=GPTQ, cost=f"{SEEN}; a sparse product of the outliers beside the 4-bit one",
     ),
     Recipe(
-        "gptq-asym-w8a8", 8, 8, outlier_sigma=3.0, **_ROUNDED,
+        "gptq-asym-w8a8", 8, 8, outlier_sigma=3.0, version=2, **_ROUNDED,
         summary="8-bit weights by gptq, asymmetric 8-bit activations, outliers beyond 3 sigma in 16 bit",
         source=GPTQ, cost=f"{SEEN}; a sparse product of the outliers beside the 8-bit one",
     ),

@@ -18,7 +18,7 @@ NO_DATA = "no calibration"
 
 DEFAULT = Recipe(
     "bitdgdm-w4a4-r16-s1", 4, 4, rank=16, alpha=0.01, factor_bits=8, act_asymmetric=True, outlier_sigma=3.0,
-    weight_clip="mse",
+    weight_clip="mse", version=2,
     summary="rank 16 + 1 % sparse + 4-bit remainder; 4-bit activations, outliers in 16 bit",
     source=f"{PAPER}; the 4-bit remainder is ours (reading R2)",
     cost=f"{NO_DATA}; a rank-16 and a sparse product in 16 bit beside the 4-bit one",
