@@ -71,7 +71,7 @@ def quantize(
         )
         out.print(
             f"stored {made.bits_per_weight:.1f} bits a weight ({made.source_bytes / 1e6:.1f} -> {made.artifact_bytes / 1e6:.1f} MB)"
-            f"     worst layer {made.worst_layer}: {100 * made.worst_error:.1f} % error"
+            f"     worst layer {made.worst_layer}: {100 * made.worst_error:.1f} % error of its {made.worst_of}"
         )
         if made.version:
             v = made.version
@@ -226,11 +226,14 @@ def show(
 
 
 def _worst_layers(layers: dict[str, dict[str, Any]], most: int = 8) -> Table:
-    columns = ("layer", "shape", "error", "SQNR dB", "rank", "non-zeros", "bits a weight")
-    worst = sorted(layers.items(), key=lambda item: -item[1]["relative_error"])[:most]
+    from bitdgdm.quant.layer_report import LayerReport
+
+    columns = ("layer", "shape", "of", "error", "weight's SQNR dB", "rank", "non-zeros", "bits a weight")
+    reports = {name: LayerReport.from_dict(r) for name, r in layers.items()}
+    worst = sorted(reports.items(), key=lambda item: -item[1].error)[:most]
     rows = [
-        (name, "{} x {}".format(*r["shape"]), f"{100 * r['relative_error']:.2f} %",
-         "-" if r["sqnr_db"] is None else f"{r['sqnr_db']:.1f}", str(r["rank"]), str(r["nnz"]), f"{r['bits_per_weight']:.2f}")
+        (name, "{} x {}".format(*r.shape), r.of, f"{100 * r.error:.2f} %",
+         "-" if r.sqnr_db is None else f"{r.sqnr_db:.1f}", str(r.rank), str(r.nnz), f"{r.bits_per_weight:.2f}")
         for name, r in worst
     ]  # fmt: skip
     return table(columns, rows, title=f"worst {len(rows)} of {len(layers)} layers")

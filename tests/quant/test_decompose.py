@@ -263,6 +263,12 @@ def test_the_report_says_what_the_outlier_branch_of_the_input_buys():
     assert plain.output_error_without_outliers is None and plain.error_dense is None
 
 
+def test_a_layer_is_judged_by_its_output_where_its_inputs_were_seen_else_by_its_weight():
+    blind, seen = (decompose(heavy_tailed(16, 24), DEFAULT, stats)[1] for stats in (None, any_stats(24)))
+    assert (blind.of, blind.error) == ("weight", blind.relative_error)
+    assert (seen.of, seen.error) == ("output", seen.output_error)
+
+
 def test_a_low_rank_part_in_the_metric_of_the_output_has_the_least_output_error():
     w, stats = heavy_tailed(48, 40), any_stats(40)
     errors = {}
