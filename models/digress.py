@@ -182,7 +182,7 @@ def quantizable(config: DigressConfig) -> tuple[str, ...]:
     return tuple(name for name in layer_linears(config) if name not in unused)
 
 
-_FED_BY_THE_LAYER = {"normX1": ("linX1",), "normE1": ("linE1",), "norm_y1": ("lin_y1",)}
+_FED_BY_THE_LAYER: dict[str, tuple[str, ...]] = {"normX1": ("linX1",), "normE1": ("linE1",), "norm_y1": ("lin_y1",)}
 _FED_BY_THE_LAYER_BEFORE = {
     "normX2": ("self_attn.q", "self_attn.k", "self_attn.v"),
     "normE2": ("self_attn.e_add", "self_attn.e_mul"),
