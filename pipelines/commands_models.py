@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from bitdgdm.pipelines.console import out, reply, table
+from bitdgdm.quant.own_recipes import DEFAULT
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
@@ -24,7 +25,7 @@ def quantize(
         str,
         typer.Argument(help="A source model: builtin:digress-qm9, models:/NAME/3 or a .safetensors file."),
     ],
-    recipe: Annotated[str, typer.Option(help="See them with: bitdgdm recipes")] = "bitdgdm-w4a4-r16-s1",
+    recipe: Annotated[str, typer.Option(help="See them with: bitdgdm recipes")] = DEFAULT.name,
     out_path: Annotated[Path | None, typer.Option("--out", help="Write the artifact to this file.")] = None,
     register: Annotated[
         str | None, typer.Option(metavar="NAME", help="Register the artifact under NAME.")
@@ -42,7 +43,7 @@ def quantize(
 
     [bold]Examples[/bold]
 
-      bitdgdm quantize builtin:digress-qm9 --recipe bitdgdm-w4a4-r16-s1 --register digress-qm9 --alias champion
+      bitdgdm quantize builtin:digress-qm9 --register digress-qm9 --alias champion
 
       bitdgdm quantize model.safetensors --recipe rtn-w8a8 --out model-w8a8.safetensors
     """

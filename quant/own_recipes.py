@@ -44,10 +44,13 @@ def _input(
     )  # fmt: skip
 
 
+DEFAULT = _input(8)
+"""What `bitdgdm quantize` takes when no recipe is named."""
+
 OWN = (
     _input(2),
     _input(4),
-    _input(8),
+    DEFAULT,
     _input(16),
     _input(8, sigma=None, premul="hadamard"),
     _input(4, 3, 8, sigma=None),
