@@ -3,7 +3,7 @@
 Runs the commands that a user runs (`quantize`, `generate`) in their own processes and reads the campaign back from
 its Parquet. Quality has 95 % Wilson intervals. Example:
 
-    python benchmarks/campaign.py --recipes full-precision bitdgdm-w4a4-r16-s1 --count 10000 --steps 500
+    python benchmarks/campaign.py --recipes full-precision bitdgdm-input-w4a4-r8 --count 10000 --steps 500
 """
 
 import argparse
@@ -25,6 +25,7 @@ from bitdgdm.infra.commit import visible_shards
 from bitdgdm.infra.storage import open_store
 from bitdgdm.pipelines.campaign import load_campaign
 from bitdgdm.pipelines.status import read_status
+from bitdgdm.quant.own_recipes import DEFAULT
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "campaign"
@@ -101,7 +102,7 @@ def main() -> None:
     """Parse the options and run."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="builtin:digress-qm9")
-    p.add_argument("--recipes", nargs="+", default=["full-precision", "bitdgdm-w4a4-r16-s1"])
+    p.add_argument("--recipes", nargs="+", default=["full-precision", DEFAULT.name])
     p.add_argument("--count", type=int, default=10_000)
     p.add_argument("--steps", type=int, nargs="+", default=[500])
     p.add_argument("--seed", type=int, default=1)

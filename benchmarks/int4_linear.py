@@ -1,4 +1,4 @@
-"""What does a Linear by the default recipe cost in our W4A4 kernel, against torch's bf16 Linear and against QuantLinear?
+"""What does a Linear by bitdgdm-w4a4-r16-s1 cost in our W4A4 kernel, against torch's bf16 Linear and against QuantLinear?
 
 Run: PYTHONPATH=. python benchmarks/int4_linear.py [--results DIR]   (needs a GPU, nvcc and PyCUDA)
 Writes int4_linear-<hardware>.json: device microseconds of every case, medians of 20 runs, in turn in one process. Inputs
@@ -28,7 +28,7 @@ TORCH, PLAIN, FULL, QUANT = "torch bf16", "ours w4a4", "ours w4a4-r16-s1, 3 sigm
 
 
 def layers(width: int, out: int, device: torch.device) -> tuple[Tensor, Int4Linear, Int4Linear, QuantLinear, dict[str, Tensor]]:
-    """A weight in bf16, packed plainly, packed by the default recipe, as QuantLinear; and the recipe's parts."""
+    """A weight in bf16, packed plainly, packed by bitdgdm-w4a4-r16-s1, as QuantLinear; and the recipe's parts."""
     torch.manual_seed(width + out)
     weight, recipe = torch.randn(out, width) / width**0.5, get_recipe("bitdgdm-w4a4-r16-s1")
     small = out * width <= 2**18  # a larger one is only for its time: made-up factors do

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bitdgdm.infra.errors import ModelMismatch
 from bitdgdm.models.digress_config import DigressConfig, HiddenDims
-from bitdgdm.quant.thresholds import k_sigma, relu_k_sigma
+from bitdgdm.quant.thresholds import k_sigma
 
 
 def pool(x: Tensor) -> Tensor:
@@ -182,37 +182,32 @@ def quantizable(config: DigressConfig) -> tuple[str, ...]:
     return tuple(name for name in layer_linears(config) if name not in unused)
 
 
+_FED_BY_THE_LAYER: dict[str, tuple[str, ...]] = {"normX1": ("linX1",), "normE1": ("linE1",), "norm_y1": ("lin_y1",)}
 _FED_BY_THE_LAYER_BEFORE = {
     "normX2": ("self_attn.q", "self_attn.k", "self_attn.v"),
     "normE2": ("self_attn.e_add", "self_attn.e_mul"),
     "norm_y2": tuple(f"self_attn.{name}" for name in ("y_e_mul", "y_e_add", "y_x_mul", "y_x_add", "y_y")),
 }
-_FEED_FORWARD = {"normX1": ("linX1", "linX2"), "normE1": ("linE1", "linE2"), "norm_y1": ("lin_y1", "lin_y2")}
 
 
 def thresholds(weights: Mapping[str, Tensor], config: DigressConfig, k: float) -> dict[str, Tensor]:
-    """Outlier thresholds of the inputs that have a closed form: float32[d_in] by name of the Linear.
+    """Outlier thresholds of the inputs that a LayerNorm gives: float32[d_in] by name of the Linear.
 
-    Those are the Linears behind a LayerNorm (layer 0's attention reads the in-MLPs and has none) and the
-    second ones of the feed-forward nets. x_out, e_out, x_y, e_y and y_out have no closed form and are not in
-    the result.
+    Only there does a closed form hold for every token. Layer 0's attention reads the in-MLPs, and x_out, e_out, x_y,
+    e_y, y_out and the second Linears of the feed-forward nets read products or a ReLU: not in the result.
     """
     found: dict[str, Tensor] = {}
     useless = set(dead(config))
     for i in range(config.n_layers):
-        here = f"tf_layers.{i}."
-        for norm, (first, second) in _FEED_FORWARD.items():
-            if here + first in useless:
-                continue
-            gamma, beta, w, b = (
-                weights[here + name].float()
-                for name in (f"{norm}.weight", f"{norm}.bias", f"{first}.weight", f"{first}.bias")
-            )
-            found[here + first] = k_sigma(gamma, beta, k)
-            found[here + second] = relu_k_sigma(w, b, gamma, beta, k)
-        for norm, readers in _FED_BY_THE_LAYER_BEFORE.items() if i else ():
-            gamma, beta = (weights[f"tf_layers.{i - 1}.{norm}.{kind}"].float() for kind in ("weight", "bias"))
-            found |= {here + name: k_sigma(gamma, beta, k) for name in readers if here + name not in useless}
+        fed = [(i, *pair) for pair in _FED_BY_THE_LAYER.items()]
+        fed += [(i - 1, *pair) for pair in _FED_BY_THE_LAYER_BEFORE.items()] if i else []
+        for owner, norm, readers in fed:
+            names = [name for reader in readers if (name := f"tf_layers.{i}.{reader}") not in useless]
+            if names:
+                gamma, beta = (
+                    weights[f"tf_layers.{owner}.{norm}.{kind}"].float() for kind in ("weight", "bias")
+                )
+                found |= dict.fromkeys(names, k_sigma(gamma, beta, k))
     return found
 
 

@@ -21,7 +21,7 @@ from bitdgdm.quant.recipe import Recipe
 def layers_of(
     source: SourceModel, parts: Mapping[str, LinearParts], recipe: Recipe
 ) -> dict[str, QuantLinear]:
-    """The Linears of `parts` as an artifact of `recipe` has them, by name: with bias, and tau where it has a closed form."""
+    """The Linears of `parts` as an artifact of `recipe` has them, by name: with bias, and tau behind a LayerNorm."""
     found = {}
     for name, p in parts.items():
         own = recipe.for_layer(name)

@@ -7,8 +7,7 @@ Knows nothing of: what is done with the entries beyond a threshold.
 
     layernorm   the input is a LayerNorm's output: |x_j| <= |beta_j| + |gamma_j| sqrt(d - 1) for every token, and at
                 most `outlier_limit(d, k)` entries of a token exceed tau_j = |beta_j| + k |gamma_j|
-    relu        the input is ReLU(W x + b) of such an output: `relu_bound` holds for every token; tau by mean and
-                deviation for a normal token, an estimate
+    relu        the input is ReLU(W x + b) of such an output: `relu_bound` holds for every token, no tau does
     sampled     e_out (cubic in the layer's input), x_out, the pooled x_y and e_y, y_out, and layer 0's attention,
                 which reads the input MLPs: no closed form
 """
@@ -86,12 +85,12 @@ def sampled_threshold(stats: LayerStats, fraction: float) -> Tensor:
 def all_thresholds(
     source: SourceModel, k: float, stats: Mapping[str, LayerStats], fraction: float
 ) -> dict[str, Tensor]:
-    """float32[in] by name: closed forms for `k` sigma, and the sampled quantile for the Linears without one.
+    """float32[in] by name: `k` sigma of the LayerNorm, and the sampled quantile for the Linears that read none.
 
     stats: of those Linears at least.
     """
     closed = thresholds(source.weights, source.config, k)
-    needed = [name for name, rule in rules(source.config).items() if rule == "sampled"]
+    needed = [name for name in quantizable(source.config) if name not in closed]
     return closed | {name: sampled_threshold(stats[name], fraction) for name in needed}
 
 

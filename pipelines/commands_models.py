@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from bitdgdm.pipelines.console import out, reply, table
+from bitdgdm.quant.own_recipes import DEFAULT
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
@@ -24,7 +25,7 @@ def quantize(
         str,
         typer.Argument(help="A source model: builtin:digress-qm9, models:/NAME/3 or a .safetensors file."),
     ],
-    recipe: Annotated[str, typer.Option(help="See them with: bitdgdm recipes")] = "bitdgdm-w4a4-r16-s1",
+    recipe: Annotated[str, typer.Option(help="See them with: bitdgdm recipes")] = DEFAULT.name,
     out_path: Annotated[Path | None, typer.Option("--out", help="Write the artifact to this file.")] = None,
     register: Annotated[
         str | None, typer.Option(metavar="NAME", help="Register the artifact under NAME.")
@@ -42,7 +43,7 @@ def quantize(
 
     [bold]Examples[/bold]
 
-      bitdgdm quantize builtin:digress-qm9 --recipe bitdgdm-w4a4-r16-s1 --register digress-qm9 --alias champion
+      bitdgdm quantize builtin:digress-qm9 --register digress-qm9 --alias champion
 
       bitdgdm quantize model.safetensors --recipe rtn-w8a8 --out model-w8a8.safetensors
     """
@@ -71,7 +72,7 @@ def quantize(
         )
         out.print(
             f"stored {made.bits_per_weight:.1f} bits a weight ({made.source_bytes / 1e6:.1f} -> {made.artifact_bytes / 1e6:.1f} MB)"
-            f"     worst layer {made.worst_layer}: {100 * made.worst_error:.1f} % error"
+            f"     worst layer {made.worst_layer}: {100 * made.worst_error:.1f} % error of its {made.worst_of}"
         )
         if made.version:
             v = made.version
@@ -226,11 +227,14 @@ def show(
 
 
 def _worst_layers(layers: dict[str, dict[str, Any]], most: int = 8) -> Table:
-    columns = ("layer", "shape", "error", "SQNR dB", "rank", "non-zeros", "bits a weight")
-    worst = sorted(layers.items(), key=lambda item: -item[1]["relative_error"])[:most]
+    from bitdgdm.quant.layer_report import LayerReport
+
+    columns = ("layer", "shape", "of", "error", "weight's SQNR dB", "rank", "non-zeros", "bits a weight")
+    reports = {name: LayerReport.from_dict(r) for name, r in layers.items()}
+    worst = sorted(reports.items(), key=lambda item: -item[1].error)[:most]
     rows = [
-        (name, "{} x {}".format(*r["shape"]), f"{100 * r['relative_error']:.2f} %",
-         "-" if r["sqnr_db"] is None else f"{r['sqnr_db']:.1f}", str(r["rank"]), str(r["nnz"]), f"{r['bits_per_weight']:.2f}")
+        (name, "{} x {}".format(*r.shape), r.of, f"{100 * r.error:.2f} %",
+         "-" if r.sqnr_db is None else f"{r.sqnr_db:.1f}", str(r.rank), str(r.nnz), f"{r.bits_per_weight:.2f}")
         for name, r in worst
     ]  # fmt: skip
     return table(columns, rows, title=f"worst {len(rows)} of {len(layers)} layers")

@@ -17,10 +17,10 @@ from bitdgdm.pipelines.report import write_report
 from bitdgdm.pipelines.spec import make_spec
 from bitdgdm.pipelines.status import Status, read_status
 from bitdgdm.pipelines.submit import open_campaign
+from bitdgdm.quant.own_recipes import DEFAULT
 
 MODEL = "builtin:digress-qm9"
 NAME = "digress-qm9"
-RECIPE = "bitdgdm-w4a4-r16-s1"
 COUNT = 256
 STEPS = 50
 SEED = 7
@@ -42,7 +42,7 @@ def run_demo(out: Path, *, count: int = COUNT, steps: int = STEPS, quiet: bool =
     """Quantize, register, generate `count` molecules in `steps` denoising steps, report."""
     started = time.monotonic()
     with cluster():  # one cluster for both jobs: starting Ray takes ten seconds
-        made = quantize(MODEL, RECIPE, register=NAME, aliases=["champion"], quiet=quiet)
+        made = quantize(MODEL, DEFAULT.name, register=NAME, aliases=["champion"], quiet=quiet)
         assert made.version
         url = str(out / f"{NAME}-{made.digest[:8]}")
         spec = make_spec(

@@ -16,8 +16,10 @@ from bitdgdm.quant.recipe import Recipe
 
 MOST_LAYERS = 8
 MOST_WEIGHTS = 2**19
-"""Bounds of a group. Larger ones save launches on a GPU; smaller ones balance better and lose less when a job is
-killed. A weight that is larger than the bound is a group of its own."""
+MOST_MOMENTS = 2**22
+"""Bounds of a group. Larger ones save launches on a GPU; smaller ones balance better, lose less when a job is killed and
+hold fewer second moments of inputs (in x in each, ten times over while gptq runs). A weight that is larger than the
+bounds is a group of its own."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ def layer_groups(weights: Mapping[str, Tensor], recipe: Recipe) -> list[LayerGro
         alike.setdefault((tuple(weight.shape), recipe.for_layer(name)), []).append(name)
     found = []
     for (shape, own), names in alike.items():
-        size = shape[0] * shape[1]
-        pieces = ceil(len(names) / max(1, min(MOST_LAYERS, MOST_WEIGHTS // size)))
+        most = min(MOST_LAYERS, MOST_WEIGHTS // (shape[0] * shape[1]))
+        if own.needs_calibration:
+            most = min(most, MOST_MOMENTS // shape[1] ** 2)
+        pieces = ceil(len(names) / max(1, most))
         bounds = [len(names) * i // pieces for i in range(pieces + 1)]  # pieces of nearly equal length
         found += [LayerGroup(tuple(names[a:b]), (shape[0], shape[1]), own) for a, b in pairwise(bounds)]
     return sorted(found, key=lambda group: -group.weights)

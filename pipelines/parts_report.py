@@ -80,8 +80,7 @@ def _layer(name: str, parts: LinearParts, report: LayerReport, outliers: bool) -
         part: sum(8 * tensors[t].numel() * tensors[t].element_size() for t in names if t in tensors) / weights
         for part, names in _TENSORS.items()
     }
-    of = "weight" if report.output_error is None else "output"
-    error = report.relative_error if report.output_error is None else report.output_error
+    of, error = report.of, report.error
     without = {
         "low rank": (report.error_without_low_rank, report.output_error_without_low_rank),
         "sparse": (report.error_without_sparse, report.output_error_without_sparse),

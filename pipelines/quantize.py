@@ -52,6 +52,7 @@ class Quantized:
     source_bytes: int
     artifact_bytes: int
     worst_layer: str
+    worst_of: str
     worst_error: float
     seconds: float
     version: ModelVersion | None = None
@@ -116,17 +117,18 @@ def _assemble(
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = save_artifact(path, header, layers, kept)
     load_engine(path, device="cpu", digest=digest)  # what can't be read back and built is not handed on
-    worst = max(reports, key=lambda name: reports[name].relative_error)
+    worst = max(reports, key=lambda name: reports[name].error)
     return Quantized(
         path=str(path), digest=digest, recipe=recipe.name, source=source.name, layers=len(layers),
         kept=sum(name.endswith(".weight") and tensor.dim() == 2 for name, tensor in kept.items()), dropped=len(dropped),
         bits_per_weight=header.bits_per_weight, source_bytes=sum(2 * w.numel() for w in source.weights.values()),
-        artifact_bytes=path.stat().st_size, worst_layer=worst, worst_error=reports[worst].relative_error, seconds=0.0,
+        artifact_bytes=path.stat().st_size, worst_layer=worst, worst_of=reports[worst].of,
+        worst_error=reports[worst].error, seconds=0.0,
     )  # fmt: skip
 
 
 def _with_bias_and_tau(source: SourceModel, recipe: Recipe, parts: dict[str, Parts]) -> dict[str, Layer]:
-    """What the artifact stores of each layer; tau where it has a closed form, for the layer's own k."""
+    """What the artifact stores of each layer; tau behind a LayerNorm, for the layer's own k."""
     sigmas = {name: recipe.for_layer(name).outlier_sigma for name in parts}
     by_sigma = {
         k: thresholds(source.weights, source.config, k) for k in set(sigmas.values()) if k is not None
@@ -184,7 +186,8 @@ def model_card(name: str, made: Quantized, tags: dict[str, str]) -> str:
         f"# {name}: {made.source} quantized by {made.recipe}\n\n"
         f"{made.layers} Linears at {made.bits_per_weight:.2f} stored bits a weight, {made.kept} kept in 16 bit, "
         f"{made.dropped} dropped because they feed no output. {made.source_bytes / 1e6:.1f} MB (16 bit) -> "
-        f"{made.artifact_bytes / 1e6:.1f} MB. Worst layer: {made.worst_layer}, {100 * made.worst_error:.1f} % error.\n\n"
+        f"{made.artifact_bytes / 1e6:.1f} MB. Worst layer: {made.worst_layer}, {100 * made.worst_error:.1f} % error "
+        f"of its {made.worst_of}.\n\n"
         f"| fact | value |\n|---|---|\n{facts}\n\n"
         f"    bitdgdm generate --model models:/{name}/VERSION --count 1000 --out out/\n"
     )

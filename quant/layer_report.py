@@ -51,6 +51,19 @@ class LayerReport:
     output_error_without_outliers: float | None = None
     seconds: float = field(default=0.0, compare=False)
 
+    @property
+    def of(self) -> str:
+        """What a layer is judged by: its "output" where inputs were seen, else its "weight".
+
+        A weight rounded for the sake of its inputs is far from the source's where no input reaches.
+        """
+        return "weight" if self.output_error is None else "output"
+
+    @property
+    def error(self) -> float:
+        """The relative error of that."""
+        return self.relative_error if self.output_error is None else self.output_error
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the same for every run."""
         values = dataclasses.asdict(self) | {"shape": list(self.shape)}

@@ -44,22 +44,25 @@ def _input(
     )  # fmt: skip
 
 
+DEFAULT = _input(8)
+"""What `bitdgdm quantize` takes when no recipe is named."""
+
 OWN = (
     _input(2),
     _input(4),
-    _input(8),
+    DEFAULT,
     _input(16),
     _input(8, sigma=None, premul="hadamard"),
     _input(4, 3, 8, sigma=None),
     _gptq(3, 8),
     _gptq(4, 8),
     Recipe(
-        "gptq-asym-w4a4", 4, 4, outlier_sigma=2.5, **_ROUNDED,
+        "gptq-asym-w4a4", 4, 4, outlier_sigma=2.5, version=2, **_ROUNDED,
         summary="4-bit weights by gptq, asymmetric 4-bit activations, outliers beyond 2.5 sigma in 16 bit",
         source=GPTQ, cost=f"{SEEN}; a sparse product of the outliers beside the 4-bit one",
     ),
     Recipe(
-        "gptq-asym-w8a8", 8, 8, outlier_sigma=3.0, **_ROUNDED,
+        "gptq-asym-w8a8", 8, 8, outlier_sigma=3.0, version=2, **_ROUNDED,
         summary="8-bit weights by gptq, asymmetric 8-bit activations, outliers beyond 3 sigma in 16 bit",
         source=GPTQ, cost=f"{SEEN}; a sparse product of the outliers beside the 8-bit one",
     ),

@@ -1,8 +1,7 @@
 """Outlier thresholds of activations from weights alone, without data.
 
 Guarantees: `layernorm_bound`, `relu_bound` and the outlier count behind `k_sigma` hold for every token that comes out
-of the given LayerNorm, not on average. `relu_k_sigma` is an estimate (it takes the normalised token for standard
-normal).
+of the given LayerNorm, not on average.
 Knows nothing of: which Linear is fed by which LayerNorm; where no closed form holds, QuantLinear takes the
 threshold of each token from its root mean square.
 
@@ -29,18 +28,6 @@ def k_sigma(gamma: Tensor, beta: Tensor, k: float) -> Tensor:
 def outlier_limit(d: int, k: float) -> int:
     """Largest number of |z_j| > k in one token: m outliers need m k^2 < sum z^2 <= d."""
     return max(0, math.ceil(d / (k * k)) - 1)
-
-
-def relu_k_sigma(w1: Tensor, b1: Tensor, gamma: Tensor, beta: Tensor, k: float) -> Tensor:
-    """float[hidden] for ReLU(w1 x + b1), x from a LayerNorm: mean + k deviations.
-
-    w1: [hidden, d]. With z ~ N(0, I) the pre-activation of unit i has mean w1_i . beta + b1_i and variance
-    sum_j w1_ij^2 gamma_j^2. A unit whose threshold would be negative is nearly always off: 0 there.
-    """
-    wide = w1.double()
-    mean = wide @ beta.double() + b1.double()
-    deviation = (wide.square() @ gamma.double().square()).sqrt()
-    return torch.clamp(mean + k * deviation, min=0.0).to(w1.dtype)
 
 
 def relu_bound(w1: Tensor, b1: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:

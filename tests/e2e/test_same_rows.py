@@ -16,11 +16,12 @@ from bitdgdm.pipelines.generate import run_campaign
 from bitdgdm.pipelines.quantize import quantize
 from bitdgdm.pipelines.spec import make_spec
 from bitdgdm.pipelines.submit import open_campaign
+from bitdgdm.quant.own_recipes import DEFAULT
 
 COUNT, MICRO_BATCH, STEPS = 64, 32, 5
 
 
-@pytest.fixture(scope="module", params=["builtin:digress-qm9", "bitdgdm-w4a4-r16-s1"])
+@pytest.fixture(scope="module", params=["builtin:digress-qm9", DEFAULT.name])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The full-precision network, and the same one quantized."""
     if request.param.startswith("builtin:"):

@@ -69,7 +69,7 @@ def test_the_twin_is_quant_linear_to_the_last_bit(asymmetric: bool) -> None:
 
 
 def default_layer(width: int, out: int) -> tuple[QuantLinear, Int4Linear, dict[str, object]]:
-    """A Linear with outlying inputs and weights by the default recipe: QuantLinear, packed, what the twin wants."""
+    """A Linear with outlying inputs and weights by bitdgdm-w4a4-r16-s1: QuantLinear, packed, what the twin wants."""
     torch.manual_seed(width)
     weight = torch.randn(out, width) @ torch.diag(1 + 4 * torch.rand(width)) / width**0.5
     recipe, bias = get_recipe("bitdgdm-w4a4-r16-s1"), torch.randn(out)

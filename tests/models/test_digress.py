@@ -208,8 +208,6 @@ def test_exactly_the_linears_that_read_a_layer_norm_have_its_threshold() -> None
     read, given = seen_rows(build(SHIPPED.config, SHIPPED.weights))
     taus = thresholds(SHIPPED.weights, SHIPPED.config, 3.0)
     for name in quantizable(SHIPPED.config):
-        if name.endswith(("linX2", "linE2", "lin_y2")):
-            continue
         norm = next(
             (n for n, out in given.items() if out is read[name] or torch.equal(out, read[name])), None
         )
@@ -223,22 +221,13 @@ def test_thresholds_at_the_layer_norm_bound_hold_for_every_row_that_is_seen() ->
     read, _ = seen_rows(build(SHIPPED.config, SHIPPED.weights))
     for width in (64, 256):
         for name, tau in thresholds(SHIPPED.weights, SHIPPED.config, math.sqrt(width - 1)).items():
-            if read[name].shape[-1] == width and not name.endswith(("linX2", "linE2", "lin_y2")):
+            if read[name].shape[-1] == width:
                 assert (read[name].abs() <= tau * (1 + 1e-5) + 1e-6).all(), name
 
 
-def test_few_entries_behind_a_relu_are_above_their_threshold() -> None:
-    read, _ = seen_rows(build(SHIPPED.config, SHIPPED.weights))
-    taus = thresholds(SHIPPED.weights, SHIPPED.config, 4.0)
-    for name in (n for n in taus if n.endswith(("linX2", "linE2"))):
-        assert (read[name] > taus[name]).float().mean() < 0.03, name
-
-
-def test_linears_without_a_closed_form_have_no_threshold() -> None:
+def test_thresholds_are_those_of_quantizable_linears_and_fit_their_inputs() -> None:
     taus = thresholds(SHIPPED.weights, SHIPPED.config, 3.0)
     assert set(taus) < set(quantizable(SHIPPED.config))
-    assert not [n for n in taus if n.endswith(("x_out", "e_out", "x_y.lin", "e_y.lin", "y_out.0", "y_out.2"))]
-    assert not [n for n in taus if n.startswith("tf_layers.0.self_attn")]
     for name, tau in taus.items():
         assert tau.shape == (SHIPPED.weights[f"{name}.weight"].shape[1],) and tau.dtype == torch.float32
 

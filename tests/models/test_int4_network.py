@@ -25,7 +25,7 @@ ONE_LAYER = replace(QM9_NO_H, n_layers=1)
 
 @pytest.fixture(scope="module")
 def artifact() -> Artifact:
-    """One layer by the default recipe."""
+    """One layer by bitdgdm-w4a4-r16-s1."""
     torch.manual_seed(1)
     network, recipe = GraphTransformer(ONE_LAYER).requires_grad_(False), get_recipe("bitdgdm-w4a4-r16-s1")
     layers, reports = {}, {}

@@ -113,6 +113,12 @@ def test_every_recipe_named_on_a_page_exists(page: Path) -> None:
     assert named <= {recipe.name for recipe in recipes()}
 
 
+def test_what_quantize_takes_unasked_is_the_first_of_the_book_and_explained_as_the_default() -> None:
+    (unasked,) = (p.default for p in COMMANDS.commands["quantize"].params if p.name == "recipe")
+    assert unasked == recipes()[0].name
+    assert f"**The default, `{unasked}`" in (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+
+
 def test_the_spec_page_is_that_of_the_schema() -> None:
     assert (ROOT / "docs" / "spec.md").read_text(encoding="utf-8") == spec_page(), "run make docs"
 

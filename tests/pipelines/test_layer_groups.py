@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitdgdm.pipelines.layer_groups import MOST_LAYERS, MOST_WEIGHTS, layer_groups
+from bitdgdm.pipelines.layer_groups import MOST_LAYERS, MOST_MOMENTS, MOST_WEIGHTS, layer_groups
 from bitdgdm.quant.recipe import Recipe
 
 RECIPE = Recipe("mixed", 4, 4, overrides=(("*.out", (("weight_bits", 8),)), ("*.skip", (("act_bits", 8),))))
@@ -34,6 +34,13 @@ def test_groups_do_not_depend_on_the_values_of_the_weights(network):
     zeros = {name: torch.zeros(shape) for name, (shape, _) in zip(names, network, strict=True)}
     ones = {name: torch.ones(shape) for name, (shape, _) in zip(names, network, strict=True)}
     assert layer_groups(zeros, RECIPE) == layer_groups(ones, RECIPE)
+
+
+@given(networks)
+def test_a_group_that_is_calibrated_holds_few_moments_of_wide_inputs(network):
+    weights = {f"{i}.{kind}": torch.empty(shape) for i, (shape, kind) in enumerate(network)}
+    for group in layer_groups(weights, Recipe("seen", 4, 4, rounding="gptq", calibration="uniform")):
+        assert len(group.names) == 1 or len(group.names) * group.shape[1] ** 2 <= MOST_MOMENTS
 
 
 def test_alike_layers_are_spread_evenly():

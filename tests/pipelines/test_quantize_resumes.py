@@ -22,11 +22,12 @@ from bitdgdm.pipelines.decompose_network import decompose_network
 from bitdgdm.pipelines.finished_layers import FinishedLayers
 from bitdgdm.pipelines.layer_groups import layer_groups
 from bitdgdm.pipelines.quantize import quantize
+from bitdgdm.quant.own_recipes import DEFAULT
 from bitdgdm.quant.recipe_book import get_recipe
 from bitdgdm.tasks import decompose_layer
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = "bitdgdm-w4a4-r16-s1"
+RECIPE = DEFAULT.name
 SMALL = dataclasses.replace(QM9_NO_H, n_layers=2)
 COMMAND = "from bitdgdm.pipelines.cli import main; main()"
 

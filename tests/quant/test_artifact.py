@@ -30,8 +30,8 @@ from bitdgdm.quant.recipe import Recipe
 from bitdgdm.quant.recipe_book import get_recipe, recipes
 from tests.quant.samples import needed
 
-DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")
-MIXED = DEFAULT.changed(name="mixed", columns=2, column_choice="weight", premul="duquant", rank=2)
+R2 = get_recipe("bitdgdm-w4a4-r16-s1")
+MIXED = R2.changed(name="mixed", columns=2, column_choice="weight", premul="duquant", rank=2)
 MIXED = dataclasses.replace(
     MIXED, overrides=(("trunk.2", (("weight_bits", 16),)), ("*", (("outlier_sigma", 2.0),)))
 )
@@ -55,7 +55,7 @@ class Net(nn.Module):
         return self.head(self.trunk(x))
 
 
-def content(recipe=DEFAULT, net=None):
+def content(recipe=R2, net=None):
     net = net or Net()
     layers, reports = {}, {}
     for name in QUANTIZED:

@@ -19,7 +19,7 @@ from bitdgdm.quant.robust_pca import budget
 from tests.quant.plain_linear import weight_of
 from tests.quant.samples import T, any_stats, layer_recipes, needed
 
-DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")
+R2 = get_recipe("bitdgdm-w4a4-r16-s1")
 each_recipe = pytest.mark.parametrize("recipe", layer_recipes(), ids=lambda recipe: recipe.name)
 
 
@@ -74,7 +74,7 @@ def test_the_parts_add_up_to_the_weight_and_the_report_says_how_closely(recipe, 
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([0.01, 0.05, 0.2]), st.integers(0, 2**31))
 def test_alpha_bounds_every_row_and_column_of_the_stored_sparse_part(rows, columns, alpha, seed):
     parts, report = decompose(
-        heavy_tailed(rows, columns, seed=seed), dataclasses.replace(DEFAULT, alpha=alpha, rank=2)
+        heavy_tailed(rows, columns, seed=seed), dataclasses.replace(R2, alpha=alpha, rank=2)
     )
     s = sparse_part(parts)
     assert s.sum(axis=1).max() <= budget(alpha, columns) and s.sum(axis=0).max() <= budget(alpha, rows)
@@ -87,7 +87,7 @@ def test_each_part_of_the_default_recipe_earns_something_on_weights_made_for_it(
     smooth = rng.standard_normal((128, 8)) @ rng.standard_normal((8, 128)) * 0.1
     w = smooth + rng.standard_normal((128, 128)) * 0.05
     w[np.arange(128), rng.permutation(128)] += 5
-    _, report = decompose(torch.from_numpy(w).float(), DEFAULT)
+    _, report = decompose(torch.from_numpy(w).float(), R2)
     assert report.relative_error < 0.7 * report.error_without_low_rank
     assert report.relative_error < 0.7 * report.error_without_sparse
     assert max(report.error_without_low_rank, report.error_without_sparse) < report.error_dense
@@ -95,14 +95,14 @@ def test_each_part_of_the_default_recipe_earns_something_on_weights_made_for_it(
 
 def test_measuring_the_contributions_does_not_change_the_parts():
     w = heavy_tailed(48, 96)
-    without, report = decompose(w, DEFAULT, contributions=False)
-    assert bytes_of(without) == bytes_of(decompose(w, DEFAULT)[0])
+    without, report = decompose(w, R2, contributions=False)
+    assert bytes_of(without) == bytes_of(decompose(w, R2)[0])
     assert report.error_dense is None
 
 
 def test_factors_in_8_bit_cost_nothing_because_the_remainder_absorbs_their_rounding():
     w = heavy_tailed(256, 256)
-    eight, sixteen = (decompose(w, dataclasses.replace(DEFAULT, factor_bits=bits))[1] for bits in (8, 16))
+    eight, sixteen = (decompose(w, dataclasses.replace(R2, factor_bits=bits))[1] for bits in (8, 16))
     assert eight.relative_error < 1.01 * sixteen.relative_error
     assert sixteen.stored_bits - eight.stored_bits > 0.9 * 8 * 16 * (256 + 256)
 
@@ -172,7 +172,7 @@ def test_a_weight_that_is_not_finite_is_refused(recipe, bad):
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 4), (4, 0)], ids=str)
 def test_what_is_not_a_matrix_or_is_empty_is_refused(shape):
     with pytest.raises(ValueError, match="matrix"):
-        decompose(torch.zeros(shape), DEFAULT)
+        decompose(torch.zeros(shape), R2)
 
 
 def test_a_weight_stored_in_16_bit_passes_through_w16_unchanged():
@@ -184,14 +184,14 @@ def test_a_weight_stored_in_16_bit_passes_through_w16_unchanged():
 
 def test_positions_beyond_65536_weights_take_32_bits():
     small, large = (
-        decompose(heavy_tailed(rows, 256), dataclasses.replace(DEFAULT, rank=0))[0] for rows in (256, 257)
+        decompose(heavy_tailed(rows, 256), dataclasses.replace(R2, rank=0))[0] for rows in (256, 257)
     )
     assert small.sparse_index.dtype == torch.uint16 and large.sparse_index.dtype == torch.int32
 
 
 def test_the_remainder_is_zero_where_the_sparse_part_is():
     w = heavy_tailed(64, 64)
-    parts, _ = decompose(w, dataclasses.replace(DEFAULT, rank=0, alpha=0.05))
+    parts, _ = decompose(w, dataclasses.replace(R2, rank=0, alpha=0.05))
     s = torch.from_numpy(sparse_part(parts))
     assert not codes(parts)[s].any() and not dense(parts)[s].any()
     assert torch.allclose(side(parts)[s], w[s], rtol=2.0**-8)
@@ -205,7 +205,7 @@ def test_narrowing_keeps_eleven_bits_or_does_not_narrow(value):
 
 
 def test_a_report_survives_json_values_and_seconds_are_no_part_of_it():
-    _, report = decompose(heavy_tailed(8, 16), DEFAULT)
+    _, report = decompose(heavy_tailed(8, 16), R2)
     assert "seconds" not in report.to_dict()
     assert LayerReport.from_dict(report.to_dict()) == report == dataclasses.replace(report, seconds=99.0)
 
@@ -228,15 +228,15 @@ def test_statistics_that_a_recipe_does_not_need_change_nothing_but_the_report(re
 
 def test_a_group_of_different_shapes_or_too_few_statistics_is_refused():
     with pytest.raises(ValueError, match="one shape"):
-        decompose_group([heavy_tailed(3, 4), heavy_tailed(4, 3)], DEFAULT)
+        decompose_group([heavy_tailed(3, 4), heavy_tailed(4, 3)], R2)
     with pytest.raises(ValueError, match="2 weights, 1 statistics"):
-        decompose_group([heavy_tailed(3, 4)] * 2, DEFAULT, [any_stats(4)])
+        decompose_group([heavy_tailed(3, 4)] * 2, R2, [any_stats(4)])
     with pytest.raises(ValueError, match="5 inputs"):
-        decompose(heavy_tailed(3, 4), DEFAULT, any_stats(5))
+        decompose(heavy_tailed(3, 4), R2, any_stats(5))
 
 
 def test_a_recipe_that_differs_by_layer_must_be_resolved_first():
-    mixed = dataclasses.replace(DEFAULT, overrides=(("a", (("rank", 2),)),))
+    mixed = dataclasses.replace(R2, overrides=(("a", (("rank", 2),)),))
     with pytest.raises(ValueError, match="for_layer"):
         decompose(heavy_tailed(3, 4), mixed)
 
@@ -256,11 +256,17 @@ def test_the_output_error_is_that_of_the_layer_on_the_calibration_rows():
 
 
 def test_the_report_says_what_the_outlier_branch_of_the_input_buys():
-    _, report = decompose(heavy_tailed(64, 64), DEFAULT, any_stats(64))
+    _, report = decompose(heavy_tailed(64, 64), R2, any_stats(64))
     assert report.output_error < report.output_error_without_outliers
     assert report.output_error_without_low_rank is not None and report.output_error_without_sparse is not None
     plain = decompose(heavy_tailed(64, 64), get_recipe("rtn-w4a4"), any_stats(64))[1]
     assert plain.output_error_without_outliers is None and plain.error_dense is None
+
+
+def test_a_layer_is_judged_by_its_output_where_its_inputs_were_seen_else_by_its_weight():
+    blind, seen = (decompose(heavy_tailed(16, 24), R2, stats)[1] for stats in (None, any_stats(24)))
+    assert (blind.of, blind.error) == ("weight", blind.relative_error)
+    assert (seen.of, seen.error) == ("output", seen.output_error)
 
 
 def test_a_low_rank_part_in_the_metric_of_the_output_has_the_least_output_error():

@@ -22,15 +22,15 @@ from bitdgdm.quant.recipe_book import get_recipe
 from tests.quant.plain_linear import expected
 from tests.quant.samples import T, any_stats, layer_recipes, needed
 
-DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")
+R2 = get_recipe("bitdgdm-w4a4-r16-s1")
 PLAIN = Recipe("plain", 4, 4)
 VARIANTS = (
     *layer_recipes(),
-    DEFAULT.changed(name="16-bit factors", factor_bits=16),
-    DEFAULT.changed(name="4-bit factors", factor_bits=4),
-    DEFAULT.changed(name="no factors", rank=0),
-    DEFAULT.changed(name="no sparse part", alpha=0.0),
-    DEFAULT.changed(name="symmetric", act_asymmetric=False),
+    R2.changed(name="16-bit factors", factor_bits=16),
+    R2.changed(name="4-bit factors", factor_bits=4),
+    R2.changed(name="no factors", rank=0),
+    R2.changed(name="no sparse part", alpha=0.0),
+    R2.changed(name="symmetric", act_asymmetric=False),
     Recipe("8-bit asymmetric", 8, 8, act_asymmetric=True, outlier_sigma=4.0),
     Recipe("4-bit weights, 8-bit asymmetric", 4, 8, act_asymmetric=True),
     Recipe("weights only", 4, 16, rank=4, alpha=0.05, weight_clip="mse"),
@@ -60,7 +60,7 @@ VARIANTS = (
     PLAIN.changed(name="literal in 16 bit", remainder=False, rank=4, factor_bits=16, premul="smooth", alpha=0.1),
     PLAIN.changed(name="literal, no cross product", remainder=False, rank=4, alpha=0.05, factor_bits=8,
                   outlier_budget=2, cross_product=False),
-    DEFAULT.changed(name="no cross product", cross_product=False),
+    R2.changed(name="no cross product", cross_product=False),
     PLAIN.changed(name="magnitude", alpha=0.05, sparse_choice="magnitude", rank=2),
     PLAIN.changed(name="output metric", rank=4, solver="svd", low_rank_metric="output", rounding="gptq", alpha=0.02),
     PLAIN.changed(name="input metric", rank=3, solver="svd", low_rank_metric="input", rounding="gptq", act_asymmetric=True,
@@ -180,7 +180,7 @@ def test_the_integer_product_is_exact_for_any_shape(m, k, n, seed):
 
 
 def test_float_and_int8_units_give_the_same_output(monkeypatch):
-    layer = QuantLinear.from_parts(decompose(torch.randn(40, 300), DEFAULT)[0], torch.randn(40), DEFAULT)
+    layer = QuantLinear.from_parts(decompose(torch.randn(40, 300), R2)[0], torch.randn(40), R2)
     x = torch.randn(50, 300)
     as_it_is = layer(x)
     monkeypatch.setattr("bitdgdm.quant.product._int8_is_exact", lambda: False)
@@ -288,10 +288,10 @@ def test_no_shape_depends_on_data(recipe):
 
 
 def test_a_bias_or_threshold_of_another_length_is_refused():
-    parts, _ = decompose(torch.randn(6, 30), DEFAULT)
+    parts, _ = decompose(torch.randn(6, 30), R2)
     for bias, tau, name in ((torch.zeros(7), None, "bias"), (torch.zeros(6), torch.zeros(31), "tau")):
         with pytest.raises(ValueError, match=name):
-            QuantLinear.from_parts(parts, bias, DEFAULT, tau)
+            QuantLinear.from_parts(parts, bias, R2, tau)
 
 
 def on_gpu(recipe, seed=0):

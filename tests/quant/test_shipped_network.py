@@ -15,7 +15,7 @@ from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.recipe_book import get_recipe
 from bitdgdm.quant.robust_pca import budget
 
-DEFAULT = get_recipe("bitdgdm-w4a4-r16-s1")
+R2 = get_recipe("bitdgdm-w4a4-r16-s1")
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +69,20 @@ def test_the_default_recipe_is_as_close_as_alternating_exact_svd_and_threshold(w
         if name.startswith("tf_layers.0."):
             continue
         wide = w.double().numpy()
-        low_rank, sparse = np.zeros_like(wide), largest(wide, DEFAULT.alpha)
+        low_rank, sparse = np.zeros_like(wide), largest(wide, R2.alpha)
         for _ in range(3):
             u, s, vt = np.linalg.svd(wide - sparse, full_matrices=False)
-            low_rank = u[:, : DEFAULT.rank] * s[: DEFAULT.rank] @ vt[: DEFAULT.rank]
-            sparse = largest(wide - low_rank, DEFAULT.alpha)
+            low_rank = u[:, : R2.rank] * s[: R2.rank] @ vt[: R2.rank]
+            sparse = largest(wide - low_rank, R2.alpha)
         rest = wide - low_rank - sparse
         reference.append(relative(wide, low_rank + sparse + round_best_clip(rest)))
-        ours.append(decompose(w, DEFAULT, contributions=False)[1].relative_error)
+        ours.append(decompose(w, R2, contributions=False)[1].relative_error)
     assert np.median(ours) == pytest.approx(np.median(reference), rel=0.02)
     assert max(o / r for o, r in zip(ours, reference, strict=True)) < 1.08
 
 
 def test_low_rank_and_sparse_part_both_lower_the_error_of_most_layers(weights):
-    reports = [decompose(w, DEFAULT)[1] for name, w in weights.items() if name.startswith("tf_layers.5.")]
+    reports = [decompose(w, R2)[1] for name, w in weights.items() if name.startswith("tf_layers.5.")]
     for part in ("error_without_low_rank", "error_without_sparse", "error_dense"):
         lower = [report.relative_error < getattr(report, part) for report in reports]
         assert np.mean(lower) > 0.7, part
@@ -92,7 +92,7 @@ def test_factors_in_8_bit_cost_less_than_one_percent_of_error(weights):
     for layer in ("self_attn.q", "self_attn.e_out", "linE2", "lin_y2"):
         w = weights[f"tf_layers.5.{layer}"]
         eight, sixteen = (
-            decompose(w, dataclasses.replace(DEFAULT, factor_bits=bits), contributions=False)[1]
+            decompose(w, dataclasses.replace(R2, factor_bits=bits), contributions=False)[1]
             for bits in (8, 16)
         )
         assert eight.relative_error < 1.01 * sixteen.relative_error, layer
@@ -100,5 +100,5 @@ def test_factors_in_8_bit_cost_less_than_one_percent_of_error(weights):
 
 def test_decomposing_the_16_bit_checkpoint_in_another_float_type_gives_the_same_parts(weights):
     w = weights["tf_layers.5.self_attn.q"]
-    first, second = (decompose(v, DEFAULT, contributions=False)[0].tensors() for v in (w.half(), w.double()))
+    first, second = (decompose(v, R2, contributions=False)[0].tensors() for v in (w.half(), w.double()))
     assert all(torch.equal(first[name], second[name]) for name in first)
