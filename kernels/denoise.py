@@ -43,6 +43,13 @@ def features_shared(n_pad: int) -> tuple[int, int]:
     return warps, warps * warp
 
 
+def pool_block(n_pad: int) -> tuple[int, int, int, int]:
+    """Graphs a block, warps, tiles of 16 rows that they may touch, bytes of shared memory."""
+    graphs = min(16, max(1, 144 // n_pad))  # 16 graphs of one size end where a tile ends
+    tiles = (graphs * n_pad + 30) // 16
+    return graphs, max(1, graphs * n_pad // 16), tiles, tiles * (5120 + 64) + graphs * 16 + 336
+
+
 @dataclass(frozen=True)
 class Noise:
     """What the sampler knows of the diffusion, on the device.
@@ -145,15 +152,21 @@ class Denoiser:
             each = node_tiles(self.launcher.shared_bytes)
             self._run("node", kernel, -(-tiles // each), 256, each * NODE_TILE, *args, tiles)
 
+    def pool(self, p: Layer) -> None:
+        """X, E -> z: mean, least, largest, deviation of every channel over the rows of a graph and its padding."""
+        at, n_pad = self.layout, self.network.shape.n_pad
+        each, warps, tiles, shared = pool_block(n_pad)
+        self._run(
+            self._graph_source, "pool", -(-at.count // each) * 4, warps * 32, shared,
+            self.X, self.E, at.tile_start, at.heads, at.rows, p.pad, self.z, at.count, n_pad, each, tiles,
+        )  # fmt: skip
+
     def layer(self, i: int) -> None:
         """Layer i; the last one ends in logits."""
         at, s, p = self.layout, self.network.shape, self.network.layers[i]
         last = i == s.layers - 1
         if not last:
-            self._run(
-                self._graph_source, "pool", -(-at.count // 4), 128, 0,
-                self.X, self.E, at.tile_start, at.graphs, p.pad, self.z, at.count, s.n_pad,
-            )  # fmt: skip
+            self.pool(p)
         source, shared = ("edge_wg", 201728) if self.network.hopper else ("edge_attend", attend_shared(self.attend_steps))
         if self.network.fp8:
             source, shared = "edge_f8", 148736 + (2 * 41216 if self.network.shape.near_rows else 0)
