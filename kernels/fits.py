@@ -22,6 +22,8 @@ OLDEST = (8, 0)  # bf16 mma.sync and cp.async
 def defines(shape: Shape, shared_bytes: int) -> dict[str, dict[str, int]]:
     """Macros of every source for a network's shape on a GPU whose blocks may use so much shared memory."""
     found = {**shape.defines, "edge_attend": {"STEPS": attend_steps(shared_bytes)}}
+    rows = -(-shape.n_pad // 4) * 4
+    found["features"] = {**found.get("features", {}), "ROWS": rows if rows <= 32 else 4}  # 4: columns are in shared memory
     found["node"] = {**found.get("node", {}), "NODE_TILES": node_tiles(shared_bytes)}
     return found
 
@@ -38,7 +40,7 @@ def supports(shape: Shape, capability: tuple[int, int], shared_bytes: int) -> tu
         "features": features_shared(shape.n_pad)[1],
         "edge_attend": attend_shared(1),
         "node": 4 * NODE_TILE,
-        "graph_path": max(GRAPH_SHARED, pool_block(shape.n_pad)[3]),
+        "graph_path": max(GRAPH_SHARED, pool_block(shape.n_pad, shared_bytes)[3]),
     }
     for kernel, need in needs.items():
         if need > shared_bytes:
