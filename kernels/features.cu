@@ -21,7 +21,7 @@
 #endif
 
 #ifndef ROWS
-#define ROWS 32  // of a column in registers, a multiple of 4
+#define ROWS 32  // of a column in registers
 #endif
 
 struct Node {
@@ -141,7 +141,7 @@ DEV void solve_in_registers(const Graph& g) {
     for (int i0 = 0; i0 < ROWS; i0 += 4)
       if (i0 < rows)
 #pragma unroll
-        for (int i = i0; i < i0 + 4; i++) other[i] = lane_from(w[i], from), sum[i & 3] = fma(w[i], other[i], sum[i & 3]);
+        for (int i = i0; i < i0 + 4 && i < ROWS; i++) other[i] = lane_from(w[i], from), sum[i & 3] = fma(w[i], other[i], sum[i & 3]);
     const double product = (sum[0] + sum[1]) + (sum[2] + sum[3]), other2 = lane_from(length2, from);
     const bool turns = quiet < columns - 1 && partner != column &&
                        product * product > ORTHOGONAL * ORTHOGONAL * length2 * other2;
@@ -154,7 +154,7 @@ DEV void solve_in_registers(const Graph& g) {
       for (int i0 = 0; i0 < ROWS; i0 += 4)
         if (i0 < rows)
 #pragma unroll
-          for (int i = i0; i < i0 + 4; i++) w[i] = fma(-r.s, other[i], r.c * w[i]);
+          for (int i = i0; i < i0 + 4 && i < ROWS; i++) w[i] = fma(-r.s, other[i], r.c * w[i]);
     }
     quiet = turning & team ? 0 : quiet + 1;
     round = round + 1 >= columns - 1 ? 0 : round + 1;
@@ -287,7 +287,7 @@ DEV void basis_vector(const Graph& g, int number, bool first) {
 // x: u8 [graphs][n_pad]; e: u8 [graphs][n_pad][n_pad]; graphs [graphs] {first row, n}; times [steps + 1], step: which;
 // table: max weight, T, then a weight a class. Out: rows [tiles][IN_KS][32] and graph_rows [graphs / 16][32] in fragment
 // order (bf16); when not null, the same as float: plain_x [graphs][n_pad][channels], plain_y [graphs][channels].
-KERNEL(128, 3)
+KERNEL(128, ROWS > 28 ? 2 : ROWS > 16 ? 3 : ROWS > 9 ? 4 : 6)
 features(const u8* __restrict__ x, const u8* __restrict__ e, const int2* __restrict__ graphs, const int* __restrict__ times,
          const int* __restrict__ step, const double* __restrict__ table, u16* rows, u16* graph_rows, float* plain_x,
          float* plain_y, int count, int n_pad, int classes, int molecular, int warps) {

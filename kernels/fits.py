@@ -22,8 +22,8 @@ OLDEST = (8, 0)  # bf16 mma.sync and cp.async
 def defines(shape: Shape, shared_bytes: int) -> dict[str, dict[str, int]]:
     """Macros of every source for a network's shape on a GPU whose blocks may use so much shared memory."""
     found = {**shape.defines, "edge_attend": {"STEPS": attend_steps(shared_bytes)}}
-    rows = -(-shape.n_pad // 4) * 4
-    found["features"] = {**found.get("features", {}), "ROWS": rows if rows <= 32 else 4}  # 4: columns are in shared memory
+    rows = shape.n_pad if shape.n_pad <= 32 else 1  # more nodes: columns are in shared memory
+    found["features"] = {**found.get("features", {}), "ROWS": rows}
     found["node"] = {**found.get("node", {}), "NODE_TILES": node_tiles(shared_bytes)}
     return found
 
