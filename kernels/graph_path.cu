@@ -65,7 +65,12 @@ struct Pool {  // of a pair of channels; sums of x - origin, so that the varianc
 // {.., .., n, ..}; pad: rows' constants, 256 of X then 64 of E; z [graphs / 16][80][32]: mean, min, max, std of X, then of E.
 // A block owns `each` graphs in the order of rows, 16 channels of E and 64 of X, in shared memory for `tiles` tiles.
 #define AHEAD_J 3  // slices in flight
-KERNEL(288, 4)
+#if __CUDA_ARCH__ >= 900
+#define POOL_BLOCKS 4  // for which there is shared memory
+#else
+#define POOL_BLOCKS 3
+#endif
+KERNEL(288, POOL_BLOCKS)
 pool(const uint4* __restrict__ X, const uint4* __restrict__ E, const int* __restrict__ tile_start,
      const int4* __restrict__ heads, const int4* __restrict__ rows, const float* __restrict__ pad, u32* __restrict__ z,
      int count, int n_pad, int each, int tiles) {
@@ -107,23 +112,26 @@ pool(const uint4* __restrict__ X, const uint4* __restrict__ E, const int* __rest
     for (int k = 0; k < 4; k++) p[k].start();
     uint4 v[AHEAD_J];
 #pragma unroll
-    for (int j = 0; j < AHEAD_J; j++) v[j] = load16(from + min(j, n8 - 1) * 128);
-    int j0 = 0;
-    for (; j0 + AHEAD_J <= n8; j0 += AHEAD_J)
+    for (int j = 0; j < AHEAD_J; j++)
+      if (j < n8) v[j] = load16(from + j * 128);
+    int left = n8;
+    for (; left >= AHEAD_J; left -= AHEAD_J) {
+      from += AHEAD_J * 128;
 #pragma unroll
       for (int j = 0; j < AHEAD_J; j++) {
         p[0].add(v[j].x, low_origin), p[1].add(v[j].y, low_origin);
         p[2].add(v[j].z, high_origin), p[3].add(v[j].w, high_origin);
-        v[j] = load16(from + min(j0 + j + AHEAD_J, n8 - 1) * 128);  // no branch: beyond the last, the last again
+        if (left > AHEAD_J + j) v[j] = load16(from + j * 128);
       }
+    }
 #pragma unroll
     for (int j = 0; j < AHEAD_J - 1; j++)
-      if (j0 + j < n8) {
+      if (left > j) {
         p[0].add(v[j].x, low_origin), p[1].add(v[j].y, low_origin);
         p[2].add(v[j].z, high_origin), p[3].add(v[j].w, high_origin);
       }
 #pragma unroll 1
-    for (int j = n8; j < n0; j++) {  // where sizes meet
+    for (int j = left; j < left + n0 - n8; j++) {  // where sizes meet
       const uint4 last = load16(from + j * 128);
       p[0].add(last.x, low_origin), p[2].add(last.z, high_origin);
     }
