@@ -15,7 +15,7 @@ from bitdgdm.kernels.graphs import Layout, layout
 from bitdgdm.kernels.launch import Launcher
 from bitdgdm.kernels.network import Layer, Network
 
-_TURN, _NODE, _TOTAL = 24, 80, 40  # bytes of the structs of features.cu
+_NODE, _TOTAL = 80, 40  # bytes of the structs of features.cu
 NODE_TILE = 16896  # bytes of shared memory for a query tile of node.cu
 GRAPH_SHARED = 64 * 1024 + 8 * 1024  # four warps' sums and y, for 64 graphs of 64 channels or 32 of 128
 
@@ -37,10 +37,18 @@ def node_tiles(shared_bytes: int) -> int:
 def features_shared(n_pad: int) -> tuple[int, int]:
     """Warps a block and bytes a block."""
     m = n_pad + n_pad % 2
-    graph = 2 * m * (m + 1) * 8 + m // 2 * _TURN + m * _NODE + m * 8 + _TOTAL
+    graph = m * (m + 1) * 8 + m * _NODE + m * 8 + _TOTAL
     warp = 32 // min(32, m) * graph
     warps = max(1, min(4, 90_000 // warp))
     return warps, warps * warp
+
+
+def pool_block(n_pad: int, shared_bytes: int) -> tuple[int, int, int, int]:
+    """Graphs a block, warps, tiles of 16 rows that they may touch, bytes of shared memory."""
+    most = 144 if shared_bytes > 160_000 else 128  # rows: so that four, or two, blocks share a multiprocessor
+    graphs = min(16, max(1, most // n_pad))  # 16 graphs of one size end where a tile ends
+    tiles = (graphs * n_pad + 30) // 16
+    return graphs, -(-graphs * n_pad // 16), tiles, tiles * (5120 + 64) + graphs * 16 + 336
 
 
 @dataclass(frozen=True)
@@ -145,15 +153,21 @@ class Denoiser:
             each = node_tiles(self.launcher.shared_bytes)
             self._run("node", kernel, -(-tiles // each), 256, each * NODE_TILE, *args, tiles)
 
+    def pool(self, p: Layer) -> None:
+        """X, E -> z: mean, least, largest, deviation of every channel over the rows of a graph and its padding."""
+        at, n_pad = self.layout, self.network.shape.n_pad
+        each, warps, tiles, shared = pool_block(n_pad, self.launcher.shared_bytes)
+        self._run(
+            self._graph_source, "pool", -(-at.count // each) * 4, warps * 32, shared,
+            self.X, self.E, at.tile_start, at.heads, at.rows, p.pad, self.z, at.count, n_pad, each, tiles,
+        )  # fmt: skip
+
     def layer(self, i: int) -> None:
         """Layer i; the last one ends in logits."""
         at, s, p = self.layout, self.network.shape, self.network.layers[i]
         last = i == s.layers - 1
         if not last:
-            self._run(
-                self._graph_source, "pool", -(-at.count // 4), 128, 0,
-                self.X, self.E, at.tile_start, at.graphs, p.pad, self.z, at.count, s.n_pad,
-            )  # fmt: skip
+            self.pool(p)
         source, shared = ("edge_wg", 201728) if self.network.hopper else ("edge_attend", attend_shared(self.attend_steps))
         if self.network.fp8:
             source, shared = "edge_f8", 148736 + (2 * 41216 if self.network.shape.near_rows else 0)

@@ -12,6 +12,7 @@ from bitdgdm.kernels.denoise import (
     attend_steps,
     features_shared,
     node_tiles,
+    pool_block,
 )  # fmt: skip
 from bitdgdm.kernels.network import Shape
 
@@ -21,6 +22,8 @@ OLDEST = (8, 0)  # bf16 mma.sync and cp.async
 def defines(shape: Shape, shared_bytes: int) -> dict[str, dict[str, int]]:
     """Macros of every source for a network's shape on a GPU whose blocks may use so much shared memory."""
     found = {**shape.defines, "edge_attend": {"STEPS": attend_steps(shared_bytes)}}
+    rows = shape.n_pad if shape.n_pad <= 32 else 1  # more nodes: columns are in shared memory
+    found["features"] = {**found.get("features", {}), "ROWS": rows}
     found["node"] = {**found.get("node", {}), "NODE_TILES": node_tiles(shared_bytes)}
     return found
 
@@ -37,7 +40,7 @@ def supports(shape: Shape, capability: tuple[int, int], shared_bytes: int) -> tu
         "features": features_shared(shape.n_pad)[1],
         "edge_attend": attend_shared(1),
         "node": 4 * NODE_TILE,
-        "graph_path": GRAPH_SHARED,
+        "graph_path": max(GRAPH_SHARED, pool_block(shape.n_pad, shared_bytes)[3]),
     }
     for kernel, need in needs.items():
         if need > shared_bytes:
@@ -50,7 +53,7 @@ def bytes_per_graph(shape: Shape) -> int:
     n, in_ks = shape.n_pad, -(-shape.channels_x // 16)
     row = 3 * 512 + 1024 + 32 * in_ks + 64 + 16 + 1  # X, q, gathered; keys and values; input; logits; index; class
     pair = 2 * 128 + 32 + 1 + 1  # E and E1; logits; index; class
-    graph = 32 + 2 * shape.dy + 2560 + 2048 + 32  # input of y, y, pooled rows, FiLM, sizes and id
+    graph = 32 + 2 * shape.dy + 2560 + 2048 + 48  # input of y, y, pooled rows, FiLM, sizes and id
     chain = 3 * 8 * (n + n * n)  # classes as int64, and two temporaries while they are drawn
     return n * row + n * n * pair + graph + chain
 

@@ -1,7 +1,9 @@
 // The y path: pooling of X and E, the update of y, and the FiLM vectors that y gives the next layer.
 //
-// pool: a warp a graph, rows in order, so the result is a function of the graph only. Padded rows all hold one vector per
-// layer (method: a masked row is LayerNorm of a constant), so they enter by count. Output in fragment order.
+// pool: a block owns some graphs that lie one after the other, 16 channels of E and 64 of X. E is read tile by tile, 16 bytes
+// a lane: a lane sums the slices of its two rows in order, then a thread sums the rows of a graph in order, so the result is
+// a function of the graph and not of its place in a tile. Padded rows all hold one vector per layer (method: a masked row
+// is LayerNorm of a constant), so they enter by count. Output in fragment order. 10 instructions a pair of channels of E.
 // graph_in, graph_mid: a block of 8 warps owns TILES tiles of 16 graphs, so that each weight that comes from L2 serves 64
 // graphs (32 where dy is 128). The warps share the long sums (K = 1,344 of the pooled rows; 2,048 hidden channels) and add
 // their parts in a fixed order; between them y is in shared memory in fragment order. Operations a graph: 0.42 M MAC;
@@ -33,88 +35,143 @@ constexpr int UNROLL = AHEAD ? 2 : 1, UNROLL_ALL = AHEAD ? KS : 1;
 
 #include "graph_rows.cuh"
 
+constexpr u32 INFINITE = FP8 ? 0x7c007c00u : 0x7f807f80u;  // a pair
+
 struct Pool {  // of a pair of channels; sums of x - origin, so that the variance is not the difference of large numbers
-  float origin0, origin1, sum0, sum1, sq0, sq1;
+  float sum0, sum1, sq0, sq1;
   u32 low2, high2;
-  MEMBER void start(float pad0, float pad1, u32 first) {
-    origin0 = pad0, origin1 = pad1, sum0 = sum1 = sq0 = sq1 = 0, low2 = high2 = first;
-  }
-  MEMBER void add(u32 v) {
-    const float d0 = first_of(v) - origin0, d1 = second_of(v) - origin1;
+  MEMBER void start() { sum0 = sum1 = sq0 = sq1 = 0, low2 = INFINITE, high2 = INFINITE | 0x80008000u; }
+  MEMBER void add(u32 v, float2 origin) {
+    const float d0 = first_of(v) - origin.x, d1 = second_of(v) - origin.y;
     sum0 += d0, sum1 += d1, sq0 = fmaf(d0, d0, sq0), sq1 = fmaf(d1, d1, sq1);
     low2 = smaller(low2, v), high2 = larger(high2, v);
   }
+  MEMBER void add(const float4& sums, const uint2& range) {
+    sum0 += sums.x, sum1 += sums.y, sq0 += sums.z, sq1 += sums.w;
+    low2 = smaller(low2, range.x), high2 = larger(high2, range.y);
+  }
   // Rows of the padding hold the origin: they add nothing to the sums. out: pairs of mean, min, max, std.
-  MEMBER void finish(bool padded, float inverse_total, float inverse_less, u32 (&out)[4]) {
+  MEMBER void finish(float2 origin, bool padded, float inverse_total, float inverse_less, u32 (&out)[4]) {
     const float m0 = sum0 * inverse_total, m1 = sum1 * inverse_total;
-    const u32 pad = pair_of(origin0, origin1);
+    const u32 pad = pair_of(origin.x, origin.y);
     if (padded) low2 = smaller(low2, pad), high2 = larger(high2, pad);
-    out[0] = input(pair_of(origin0 + m0, origin1 + m1)), out[1] = input(low2), out[2] = input(high2);
+    out[0] = input(pair_of(origin.x + m0, origin.y + m1)), out[1] = input(low2), out[2] = input(high2);
     out[3] = input(pair_of(sqrt_fast(fmaxf((sq0 - sum0 * m0) * inverse_less, 0.0f)),
                            sqrt_fast(fmaxf((sq1 - sum1 * m1) * inverse_less, 0.0f))));
   }
 };
 
-// Word of the pair of channels c, c + 1 of row 0 inside a tile; a row is 16 words on, row + 8 one.
-DEV int pair_at(int c) { return ((c >> 4) * 32 + ((c & 7) >> 1)) * 4 + ((c >> 3) & 1) * 2; }
-DEV int row_at(int row) { return (row & 7) * 16 + (row >> 3 & 1); }
+// X [tiles][16][32], E [m-tiles][4][32]; heads [graphs] {graph, first row, n, 0} in the order of the rows; rows [16 tiles]
+// {.., .., n, ..}; pad: rows' constants, 256 of X then 64 of E; z [graphs / 16][80][32]: mean, min, max, std of X, then of E.
+// A block owns `each` graphs in the order of rows, 16 channels of E and 64 of X, in shared memory for `tiles` tiles.
+#define AHEAD_J 3  // slices in flight
+#if __CUDA_ARCH__ >= 900
+#define POOL_BLOCKS 4  // for which there is shared memory
+#else
+#define POOL_BLOCKS 3
+#endif
+KERNEL(288, POOL_BLOCKS)
+pool(const uint4* __restrict__ X, const uint4* __restrict__ E, const int* __restrict__ tile_start,
+     const int4* __restrict__ heads, const int4* __restrict__ rows, const float* __restrict__ pad, u32* __restrict__ z,
+     int count, int n_pad, int each, int tiles) {
+  SHARED(shared);
+  uint4* xs = (uint4*)shared;                    // [tiles][4][32], as in X
+  float4* sums = (float4*)(xs + tiles * 128);    // [16 tiles rows][8 pairs] of a row of E: sums, squares
+  uint2* ranges = (uint2*)(sums + tiles * 128);  // the same: min, max
+  int4* own = (int4*)(ranges + tiles * 128);     // [each] of heads
+  float2* origins = (float2*)(own + each);       // [5][8 pairs]: of 16 channels of E, of 64 of X
+  float2* inverses = origins + 40;               // of the number of values of a channel, and of one less: E, X
+  int* words = (int*)(inverses + 2);             // [16 tiles] of a row in xs
+  const int part = BLOCK & 3, first = (BLOCK >> 2) * each, mine = min(each, count - first);
+  const int lane = THREAD & 31, r = lane >> 2;
+  const int begin = heads[first].y, end = heads[first + mine - 1].y + heads[first + mine - 1].z, tile0 = begin >> 4;
+  const int owned = ((end - 1) >> 4) - tile0 + 1;
 
-// X [tiles][16][32], E [m-tiles][4][32]; graphs [graphs] {first row, n}; pad: rows' constants, 256 of X then 64 of E;
-// z [graphs / 16][80][32]: mean, min, max, std of X, then of E.
-#define AHEAD_J 9  // slices in flight
-KERNEL(128, 8)
-pool(const u32* __restrict__ X, const u32* __restrict__ E, const int* __restrict__ tile_start, const int2* __restrict__ graphs,
-     const float* __restrict__ pad, u32* __restrict__ z, int count, int n_pad) {
-  const int b = BLOCK * 4 + (THREAD >> 5), lane = THREAD & 31;
-  if (b >= count) return;
-  const int row0 = graphs[b].x, n = graphs[b].y;
-  u32* out = z + (u64)(b >> 4) * (POOL_KS * 128);
-  u32 f[4];
-  Pool p;
-
-  const int c = lane * 2;
-  {
-    const u32* from = E + pair_at(c);
-    p.start(pad[256 + c], pad[257 + c], from[tile_start[row0 >> 4] * 512 + row_at(row0)]);
 #pragma unroll 1
-    for (int i = 0; i < n; i++) {
-      const u32* row = from + (u64)tile_start[row0 + i >> 4] * 512 + row_at(row0 + i);
-#pragma unroll 1
-      for (int j0 = 0; j0 < n; j0 += AHEAD_J, row += AHEAD_J * 512) {
-        u32 v[AHEAD_J];
-#pragma unroll
-        for (int j = 0; j < AHEAD_J; j++)
-          if (j0 + j < n) v[j] = row[j * 512];
-#pragma unroll
-        for (int j = 0; j < AHEAD_J; j++)
-          if (j0 + j < n) p.add(v[j]);
-      }
-    }
-    const float total = (float)(n_pad * n_pad);
-    p.finish(n < n_pad, 1.0f / total, 1.0f / (total - 1), f);
-#pragma unroll
-    for (int k = 0; k < 4; k++) out[tile_offset(b & 15, 1024 + k * 64 + c) >> 1] = f[k];
+  for (int i = THREAD; i < owned * 128; i += THREADS)
+    copy16_async(xs + i, X + (u64)(tile0 + (i >> 7)) * 512 + part * 128 + (i & 127));
+  if (THREAD < mine) copy16_async(own + THREAD, heads + first + THREAD);
+  if (THREAD < 20)
+    copy16_async((float4*)origins + THREAD, pad + (THREAD < 4 ? 256 + part * 16 : part * 64 - 16) + THREAD * 4);
+  copy_commit();
+  for (int j = THREAD; j < owned * 16; j += THREADS) words[j] = (j >> 4) * 512 + (j & 7) * 16 + (j >> 3 & 1);
+  if (THREAD < 2) {
+    const float total = (float)(THREAD ? n_pad : n_pad * n_pad);
+    inverses[THREAD] = make_float2(1.0f / total, 1.0f / (total - 1));
   }
 
-  const float inverse_total = 1.0f / n_pad, inverse_less = 1.0f / (n_pad - 1);
-#pragma unroll 2
-  for (int part = 0; part < 4; part++) {
-    const int x = part * 64 + c;
-    const u32* from = X + pair_at(x);
-    p.start(pad[x], pad[x + 1], from[(row0 >> 4) * 2048 + row_at(row0)]);
-#pragma unroll 1
-    for (int i0 = 0; i0 < n; i0 += AHEAD_J) {
-      u32 v[AHEAD_J];
+  const float2 low_origin = *(const float2*)(pad + 256 + part * 16 + (lane & 3) * 2);
+  const float2 high_origin = *(const float2*)(pad + 264 + part * 16 + (lane & 3) * 2);
+  for (int t = THREAD >> 5; t < owned; t += THREADS >> 5) {
+    const int row = (tile0 + t) * 16 + r;
+    if (row + 8 < begin || row >= end) continue;  // both rows are of other blocks
+    const uint4* from = E + (u64)tile_start[tile0 + t] * 128 + part * 32 + lane;
+    const int n0 = rows[row].z, n8 = rows[row + 8].z;  // n0 >= n8 >= 1
+    Pool p[4];
 #pragma unroll
-      for (int i = 0; i < AHEAD_J; i++)
-        if (i0 + i < n) v[i] = from[(u64)(row0 + i0 + i >> 4) * 2048 + row_at(row0 + i0 + i)];
+    for (int k = 0; k < 4; k++) p[k].start();
+    uint4 v[AHEAD_J];
 #pragma unroll
-      for (int i = 0; i < AHEAD_J; i++)
-        if (i0 + i < n) p.add(v[i]);
+    for (int j = 0; j < AHEAD_J; j++)
+      if (j < n8) v[j] = load16(from + j * 128);
+    int left = n8;
+    for (; left >= AHEAD_J; left -= AHEAD_J) {
+      from += AHEAD_J * 128;
+#pragma unroll
+      for (int j = 0; j < AHEAD_J; j++) {
+        p[0].add(v[j].x, low_origin), p[1].add(v[j].y, low_origin);
+        p[2].add(v[j].z, high_origin), p[3].add(v[j].w, high_origin);
+        if (left > AHEAD_J + j) v[j] = load16(from + j * 128);
+      }
     }
-    p.finish(n < n_pad, inverse_total, inverse_less, f);
 #pragma unroll
-    for (int k = 0; k < 4; k++) out[tile_offset(b & 15, k * 256 + x) >> 1] = f[k];
+    for (int j = 0; j < AHEAD_J - 1; j++)
+      if (left > j) {
+        p[0].add(v[j].x, low_origin), p[1].add(v[j].y, low_origin);
+        p[2].add(v[j].z, high_origin), p[3].add(v[j].w, high_origin);
+      }
+#pragma unroll 1
+    for (int j = left; j < left + n0 - n8; j++) {  // where sizes meet
+      const uint4 last = load16(from + j * 128);
+      p[0].add(last.x, low_origin), p[2].add(last.z, high_origin);
+    }
+    const int place = (t * 16 + r) * 8 + (lane & 3);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int at = place + (k & 1) * 64 + (k >> 1) * 4;
+      sums[at] = make_float4(p[k].sum0, p[k].sum1, p[k].sq0, p[k].sq1);
+      ranges[at] = make_uint2(p[k].low2, p[k].high2);
+    }
+  }
+  copy_wait();
+  block_sync();
+
+  // a thread a graph and two pairs of channels: 4 of E, then 4 x 4 of X
+  for (int i = THREAD; i < mine * 20; i += THREADS) {
+    const int l = i & 3;
+    int kind = 0, g = i >> 2;
+    while (g >= mine) g -= mine, kind++;
+    const int4 head = own[g];
+    const int row0 = head.y - tile0 * 16, n = head.z;
+    const float2 origin0 = origins[kind * 8 + l], origin1 = origins[kind * 8 + l + 4], inverse = inverses[kind > 0];
+    Pool p0, p1;
+    p0.start(), p1.start();
+    if (kind == 0)
+      for (int j = row0; j < row0 + n; j++) {
+        p0.add(sums[j * 8 + l], ranges[j * 8 + l]);
+        p1.add(sums[j * 8 + l + 4], ranges[j * 8 + l + 4]);
+      }
+    else {
+      const u32* from = (const u32*)(xs + (kind - 1) * 32 + l);
+      for (int j = row0; j < row0 + n; j++) p0.add(from[words[j]], origin0), p1.add(from[words[j] + 2], origin1);
+    }
+    u32 f0[4], f1[4];
+    p0.finish(origin0, n < n_pad, inverse.x, inverse.y, f0);
+    p1.finish(origin1, n < n_pad, inverse.x, inverse.y, f1);
+    const int ks = kind == 0 ? 64 + part : part * 4 + kind - 1, apart = kind == 0 ? 512 : 2048;  // to min, max, std
+    u32* out = z + (u64)(head.x >> 4) * (POOL_KS * 128) + (ks * 32 + (head.x & 7) * 4 + l) * 4 + (head.x >> 3 & 1);
+#pragma unroll
+    for (int k = 0; k < 4; k++) out[k * apart] = f0[k], out[k * apart + 2] = f1[k];
   }
 }
 

@@ -19,8 +19,9 @@ from torch import Tensor
 class Layout:
     """Index tables on the device. All int32.
 
-    graphs [B, 2]: first row, n. rows [16 tiles, 4]: graph, first row of the graph, n, i. tile_start [tiles + 1]: in
-    m-tiles. tile_of [m_tiles]. block_tile [blocks + 1]: contiguous shares of the tiles with about equally many m-tiles.
+    graphs [B, 2]: first row, n. rows [16 tiles, 4]: graph, first row of the graph, n, i. heads [B, 4]: the first row of
+    every graph, in the order of rows. tile_start [tiles + 1]: in m-tiles. tile_of [m_tiles]. block_tile [blocks + 1]:
+    contiguous shares of the tiles with about equally many m-tiles.
     """
 
     count: int
@@ -30,6 +31,7 @@ class Layout:
     m_tiles: int
     graphs: Tensor
     rows: Tensor
+    heads: Tensor
     tile_start: Tensor
     tile_of: Tensor
     block_tile: Tensor
@@ -63,6 +65,6 @@ def layout(n: Tensor, n_pad: int, blocks: int, device: torch.device) -> Layout:
 
     return Layout(
         len(sizes), n_pad, n_rows, tiles, m_tiles,
-        on_device(np.stack((first, sizes), axis=1)), on_device(rows), on_device(tile_start),
-        on_device(np.repeat(np.arange(tiles), per_tile)), on_device(block_tile),
+        on_device(np.stack((first, sizes), axis=1)), on_device(rows), on_device(rows[first_sorted[:-1]]),
+        on_device(tile_start), on_device(np.repeat(np.arange(tiles), per_tile)), on_device(block_tile),
     )  # fmt: skip

@@ -80,6 +80,7 @@ DEV float add_rn(float a, float b) { return __fadd_rn(a, b); }
 DEV float div_fast(float a, float b) { return __fdividef(a, b); }
 DEV u32 mul_hi(u32 a, u32 b) { return __umulhi(a, b); }
 DEV int bit_count(u32 a) { return __popc(a); }
+DEV int lowest_bit(u64 a) { return __ffsll(a) - 1; }
 
 // d = a b + c
 DEV void mma(float (&d)[4], const uint4& a, u32 b0, u32 b1, const float (&c)[4]) {
@@ -97,6 +98,8 @@ DEV void copy_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 DEV uint4 load16(const void* p) { return __ldg((const uint4*)p); }
 DEV float lane_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEV double lane_from(double v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+DEV u32 warp_ballot(bool b) { return __ballot_sync(0xffffffffu, b); }
 DEV bool warp_any(bool b) { return __any_sync(0xffffffffu, b); }
 DEV void block_sync() { __syncthreads(); }
 DEV void warp_sync() { __syncwarp(); }

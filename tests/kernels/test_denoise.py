@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitdgdm.kernels import reference as twin
 from bitdgdm.kernels.denoise import Denoiser, Noise
 from bitdgdm.kernels.fits import defines
 from bitdgdm.kernels.network import Integers, prepare, supports
+from bitdgdm.kernels.pack import from_tiles, to_tiles
 from bitdgdm.kernels.step_graph import denoise
 from bitdgdm.models.digress_config import QM9_NO_H
 from bitdgdm.models.features import network_input
@@ -99,6 +101,34 @@ def test_features_are_those_of_the_torch_code(qm9_case: Case, moses_case: Case) 
         want_x, _, want_y = network_input(x, e, torch.full((len(x),), TIMES[1] / 500), case.mask, config)
         assert (plain_x - want_x)[case.mask].abs().max() < 1e-6
         assert (plain_y - want_y).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("n_pad", [9, 12, 27])
+def test_pooled_rows_are_those_of_the_graph_wherever_it_lies(n_pad: int) -> None:
+    sizes = [n_pad] * 17 + [1 + 7 * k % n_pad for k in range(23)]
+    case = make_case(replace(QM9_NO_H, n_pad=n_pad, n_nodes=(0.0, *(1 / n_pad,) * n_pad)), sizes)
+    x, e = torch.randn(40, n_pad, 256).bfloat16().float(), (torch.randn(40, n_pad, n_pad, 64) - 3).bfloat16().float()
+    pad = torch.randn(320)
+    x = torch.where(case.mask[..., None], x, pad[:256])
+    e = torch.where((case.mask[:, :, None] & case.mask[:, None])[..., None], e, pad[256:])
+    every = torch.cat((twin.pool(x.double()), twin.pool(e.double().flatten(1, 2))), dim=1)
+
+    def pooled(pick: list[int]) -> Tensor:
+        batch = batch_of(case, pick)
+        at = batch.layout
+        graph, i = at.rows[:, 0].long(), at.rows[:, 3].long()
+        batch.X.copy_(to_tiles(x[pick][graph, i]))
+        j = torch.arange(at.m_tiles) - at.tile_start.long()[at.tile_of.long()]
+        rows = at.tile_of.long()[:, None] * 16 + torch.arange(16)
+        batch.E.copy_(to_tiles(e[pick][graph[rows], i[rows], j[:, None]].view(-1, 64)))
+        batch.z.fill_(float("nan"))
+        batch.pool(replace(batch.network.layers[0], pad=pad))
+        return from_tiles(batch.z)[: len(pick)].float()
+
+    together = pooled(list(range(40)))
+    assert ((together - every).abs() <= 2**-8 * every.abs() + 1e-5).all()
+    for pick in (torch.randperm(40).tolist(), [39, 3, 21], [0], list(range(18, 40))):
+        assert torch.equal(pooled(pick), together[pick])
 
 
 def test_draws_are_those_of_the_torch_sampler_bit_for_bit(qm9_case: Case) -> None:

@@ -43,7 +43,7 @@ HOPPER = {
 }
 SHARED_BYTES = {"80": 166912, "89": 101376, "90a": 232448}  # the most of a block, CUDA C++ programming guide
 CASES = [(source, arch, 64) for source in KERNELS for arch in SHARED_BYTES]
-CASES += [("graph_path", arch, 128) for arch in SHARED_BYTES]
+CASES += [(source, arch, 128) for source in ("graph_path", "features") for arch in SHARED_BYTES]
 CASES += [(source, "90a", 64) for source in HOPPER] + [("graph_path_f8", "90a", 128)]
 WARPGROUP_PRODUCTS = {"edge_wg": ("HGMMA", 16), "edge_ffn_wg": ("HGMMA", 12), "node_wg": ("HGMMA", 65), "node_wg_s8": ("IGMMA", 24)}
 WARPGROUP_PRODUCTS |= {"edge_f8": ("QGMMA", 8), "edge_ffn_f8": ("QGMMA", 8), "node_f8": ("QGMMA", 24), "graph_path_f8": ("HMMA.16816.F32", 0)}

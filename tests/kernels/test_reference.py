@@ -6,6 +6,7 @@ The twins against the product's own float64 code and QuantLinear; the kernels, i
 import copy
 import functools
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from bitdgdm.kernels import reference
 from bitdgdm.kernels.denoise import Denoiser, Noise
+from bitdgdm.kernels.fits import defines
 from bitdgdm.kernels.network import Shape, prepare
 from bitdgdm.models.digress_config import QM9_NO_H
 from bitdgdm.models.features import network_input
@@ -124,6 +126,43 @@ def test_the_features_kernel_is_its_twin(name: str, request: pytest.FixtureReque
     plain_x, plain_y = torch.full(rows.shape, float("nan")), torch.full(y.shape, float("nan"))
     batch_of(case).features(plain_x, plain_y)
     assert (plain_x - rows)[case.mask].abs().max() < 1e-6 and (plain_y - y).abs().max() < 1e-6
+
+
+def graphs_of_many_kinds(n_pad: int) -> Case:
+    """Sparse, dense, complete, empty, in pieces, rings, trees; of 1 node to n_pad."""
+    g = torch.Generator().manual_seed(n_pad)
+    sizes = [n_pad] * 8 + [1, 2, 3, n_pad - 1, n_pad - 2, n_pad // 2 + 1, n_pad // 2, n_pad // 3]
+    case = make_case(replace(QM9_NO_H, n_pad=n_pad, n_nodes=(0.0, *(1 / n_pad,) * n_pad)), sizes)
+    density = torch.tensor([0.08, 0.15, 0.4, 1.0, 0.0, 0.1, 0.0, 0.0] + [0.3] * 8)
+    e = torch.rand(len(sizes), n_pad, n_pad, generator=g) < density[:, None, None]
+    i = torch.arange(n_pad)
+    e[6, i[:-1], i[1:]], e[6, 0, n_pad - 1] = True, True
+    e[7, i[1:] // 2, i[1:]] = True
+    e = e.triu(1) * torch.randint(1, 5, e.shape, generator=g) * (case.mask[:, :, None] & case.mask[:, None])
+    return replace(case, e=e + e.transpose(1, 2))
+
+
+@EMULATED
+@pytest.mark.parametrize("n_pad", [9, 27, 40])
+def test_the_features_of_a_graph_are_those_of_the_twin_in_any_batch(n_pad: int) -> None:
+    case = graphs_of_many_kinds(n_pad)
+    rows, _, y = inputs_of(case)
+
+    def computed(pick: list[int], defines: dict[str, dict[str, int]]) -> tuple[Tensor, Tensor]:
+        some = replace(case, n=case.n[pick], x=case.x[pick], e=case.e[pick])
+        batch = batch_of(some)
+        batch.launcher = Emulator(defines)
+        plain_x, plain_y = torch.full((len(pick), *rows.shape[1:]), float("nan")), torch.full((len(pick), y.shape[1]), 0.0)
+        batch.features(plain_x, plain_y)
+        plain_x[~some.mask] = 0  # nobody's
+        return plain_x, plain_y
+
+    every = list(range(len(case.n)))
+    together_x, together_y = computed(every, case.shape.defines)
+    assert (together_x - rows).abs().max() < 1e-6 and (together_y - y).abs().max() < 1e-6
+    for pick in (every[::-1], [3, 5, 8], [13]):
+        x, y_of = computed(pick, defines(case.shape, 232448))
+        assert torch.equal(x, together_x[pick]) and torch.equal(y_of, together_y[pick])
 
 
 @EMULATED

@@ -114,6 +114,7 @@ DEV float add_rn(float a, float b) { volatile float s = a + b; return s; }
 DEV float div_fast(float a, float b) { return a / b; }
 DEV u32 mul_hi(u32 a, u32 b) { return (u32)(((u64)a * b) >> 32); }
 DEV int bit_count(u32 a) { return __builtin_popcount(a); }
+DEV int lowest_bit(u64 a) { return __builtin_ctzll(a); }
 DEV float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 DEV double rsqrt(double x) { return 1.0 / sqrt(x); }
 
@@ -153,14 +154,23 @@ DEV float lane_xor(float v, int mask) {
     for (int lane = 0; lane < 32; lane++) w.out[lane][0] = w.in[lane ^ w.in[lane][1]][0];
   }));
 }
-DEV bool warp_any(bool b) {
+DEV double lane_from(double v, int lane) {
+  u32 in[3];
+  memcpy(in, &v, 8), in[2] = lane;
+  memcpy(&v, emu::meet(in, 3, [](emu::Warp& w) {
+    for (int lane = 0; lane < 32; lane++) memcpy(w.out[lane], w.in[w.in[lane][2] & 31], 8);
+  }), 8);
+  return v;
+}
+DEV u32 warp_ballot(bool b) {
   u32 in[1] = {b};
   return *emu::meet(in, 1, [](emu::Warp& w) {
-    u32 any = 0;
-    for (int lane = 0; lane < 32; lane++) any |= w.in[lane][0];
-    for (int lane = 0; lane < 32; lane++) w.out[lane][0] = any;
+    u32 all = 0;
+    for (int lane = 0; lane < 32; lane++) all |= w.in[lane][0] << lane;
+    for (int lane = 0; lane < 32; lane++) w.out[lane][0] = all;
   });
 }
+DEV bool warp_any(bool b) { return warp_ballot(b) != 0; }
 DEV void warp_sync() { warp_any(false); }
 DEV void block_sync() {
   const u64 mine = emu::block_generation;
