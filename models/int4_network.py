@@ -19,6 +19,7 @@ from bitdgdm.kernels.int4 import MOST_RANK, Int4Linear, int4_linear, pack, suppo
 from bitdgdm.kernels.launch import Device, Launcher, PyCudaMissing
 from bitdgdm.kernels.toolchain import missing
 from bitdgdm.quant.artifact import Artifact
+from bitdgdm.quant.linear import inner_tau
 from bitdgdm.quant.parts import codes, factors, sparse
 from bitdgdm.quant.recipe import Recipe
 
@@ -95,7 +96,7 @@ def fuse(network: nn.Module, artifact: Artifact, launcher: Launcher) -> nn.Modul
         assert parts.scale is not None
         packed = pack(
             codes(parts), parts.scale, bias, asymmetric=recipe.act_asymmetric, sigma=recipe.outlier_sigma,
-            tau=tau if recipe.outlier_sigma is not None else None, up=up, down=down, sparse=sparse(parts),
+            tau=None if tau is None or recipe.outlier_sigma is None else inner_tau(tau, recipe, None), up=up, down=down, sparse=sparse(parts),
             device=launcher.device,
         )  # fmt: skip
         owner, _, child = name.rpartition(".")

@@ -25,7 +25,7 @@ ONE_LAYER = replace(QM9_NO_H, n_layers=1)
 
 
 def one_layer(name_of_recipe: str) -> Artifact:
-    """One layer by a recipe; where it asks for inputs, of low rank and a little noise."""
+    """One layer by a recipe, with thresholds; where it asks for inputs, of low rank and a little noise."""
     torch.manual_seed(1)
     network, recipe = GraphTransformer(ONE_LAYER).requires_grad_(False), get_recipe(name_of_recipe)
     layers, reports = {}, {}
@@ -36,7 +36,7 @@ def one_layer(name_of_recipe: str) -> Artifact:
             rows = torch.randn(64, 4) @ torch.randn(4, linear.in_features) + 0.1 * torch.randn(64, linear.in_features)
             stats = stats_of_rows(rows, torch.full((64,), 250), ONE_LAYER.diffusion_steps)
         parts, reports[name] = decompose(linear.weight, recipe.for_layer(name), stats, contributions=False)
-        layers[name] = (parts, linear.bias.detach(), None)
+        layers[name] = (parts, linear.bias.detach(), torch.full((linear.in_features,), 0.2))
     kept = {k: v for k, v in network.state_dict().items() if k.rpartition(".")[0] not in layers}
     config = ONE_LAYER.to_dict()
     source = {"uri": "", "name": "one", "version": "1", "digest": ""}
