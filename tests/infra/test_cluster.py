@@ -10,7 +10,7 @@ from bitdgdm.infra.cluster import connect
 from bitdgdm.infra.errors import ClusterUnavailable
 
 PROGRAM = """
-import json, sys
+import contextlib, json, sys
 from bitdgdm.infra.cluster import connect, disconnect
 cluster = connect(cpus=2)
 again = connect(cpus=7)
@@ -32,12 +32,10 @@ threads, path = ray.get(look.remote())
 pool = [Holds.remote() for _ in range(cluster.cpus)]
 assert all(ray.get([actor.ready.remote() for actor in pool]))
 ray.get(look.remote())  # the pool has all it may claim and a task still finds room
-listens = {
-    connection.laddr.ip
-    for process in psutil.Process().children(recursive=True)
-    for connection in process.net_connections(kind="tcp")
-    if connection.status == psutil.CONN_LISTEN
-}
+listens = set()
+for process in psutil.Process().children(recursive=True):
+    with contextlib.suppress(psutil.NoSuchProcess):  # a helper of Ray that ends meanwhile listens nowhere
+        listens |= {c.laddr.ip for c in process.net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN}
 dashboard = ray._private.worker._global_node.webui_url
 print(json.dumps([cluster.cpus, again == cluster, cluster.local, cluster.nodes, cluster.gpus, threads, path,
                   sorted(listens), dashboard]))
