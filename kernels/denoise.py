@@ -17,6 +17,7 @@ from bitdgdm.kernels.network import Layer, Network
 
 _NODE, _TOTAL = 80, 40  # bytes of the structs of features.cu
 NODE_TILE = 16896  # bytes of shared memory for a query tile of node.cu
+ATTEND_F8_SHARED = 226048  # bytes of shared memory of edge_f8.cu
 GRAPH_SHARED = 64 * 1024 + 8 * 1024  # four warps' sums and y, for 64 graphs of 64 channels or 32 of 128
 
 
@@ -176,7 +177,7 @@ class Denoiser:
         source, block, shared = "edge_attend", 512, attend_shared(self.attend_steps)
         net: tuple[Tensor | None, ...] = ()
         if fp8:
-            source, block, shared = "edge_f8", 640, 217856
+            source, block, shared = "edge_f8", 640, ATTEND_F8_SHARED
             net = (None, None) if last else (p.ffn1, p.ffn_vec)
         elif self.network.hopper:
             source, shared = "edge_wg", 201728

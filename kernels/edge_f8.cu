@@ -22,7 +22,7 @@
 
 #define SCORERS 16
 #define RING 4  // groups in Z, E and Eq
-#define Z_BYTES 16384
+#define Z_BYTES (RING * 16384)
 #define TOP 0x49004900u        // 10, 10
 #define SMALLEST 0x08000800u   // 2^-13, 2^-13
 #define LARGEST 0x7b007b00u    // 57344
@@ -45,14 +45,13 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
             const u8* __restrict__ w_out, const float* __restrict__ vec, const u8* __restrict__ ffn,
             const float* __restrict__ ffn_vec) {
   SHARED(shared);
-  u8* Z = shared;                                    // [RING][8 slabs][2][64 rows][16 bytes]
-  u8* Wo = Z + RING * Z_BYTES;                       // 8 slabs of 64 rows
+  u8* Z = shared;                                    // [8 slabs][2][RING groups of 64 rows][16 bytes]
+  u8* Wo = Z + Z_BYTES;                              // 8 slabs of 64 rows
   u8* Wf = Wo + 16384;
   uint4* Es = (uint4*)(Wf + FFN_BYTES);              // [RING][4 m-tiles][4][32]
   uint4* Eq = Es + RING * 512;                       // the same, rounded
-  uint4* Next = Eq + RING * 512;                     // [SCORERS][192]: places of two tiles, q, FiLM of E, of X
-  uint4* Ls = Next + SCORERS * 192;                  // lines
-  float* Vs = (float*)(Ls + SCORERS * 8);            // 192, then the net's
+  uint4* Next = Eq + RING * 512;                     // [SCORERS][232]: places of two tiles, next q, FiLM of E, of X; lines, q
+  float* Vs = (float*)(Next + SCORERS * 232);        // 192, then the net's
   Barriers* at = (Barriers*)(Vs + 192 + FFN_FLOATS);
 
   const int warp = THREAD >> 5, lane = THREAD & 31, l = lane & 3, r = lane >> 2;
@@ -74,7 +73,6 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
   }
   if (THREAD < 192) Vs[THREAD] = vec[THREAD];
   if (THREAD < FFN_FLOATS && ffn) Vs[192 + THREAD] = ffn_vec[THREAD];
-  if (THREAD < SCORERS * 8) Ls[THREAD] = lines[THREAD];
   block_sync();
 
   if (warp >= SCORERS) {
@@ -105,10 +103,10 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
       round(k + 2);  // all warps have read group k - 2
       barrier_wait(at->z_full + slot, k / RING & 1);
       float h[8][4];
-      const u64 z_slab = slab(Z + slot * Z_BYTES, 64), w_slab = slab(Wo, 64);
+      const u64 z_slab = slab(Z + slot * 1024, RING * 64), w_slab = slab(Wo, 64);
       products_begin();
 #pragma unroll
-      for (int ks = 0; ks < 8; ks++) product8(h, z_slab + ks * (2048 >> 4), w_slab + ks * (2048 >> 4), ks);
+      for (int ks = 0; ks < 8; ks++) product8(h, z_slab + ks * (RING * 2048 >> 4), w_slab + ks * (2048 >> 4), ks);
       products_commit();
       products_wait<0>();
       u32 e[8][2];
@@ -145,16 +143,19 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
     }
   };
   load_weights();
-  const uint4 line0 = Ls[warp * 8 + l], line1 = Ls[warp * 8 + 4 + l];
-  const u32 one[2] = {line0.x, line1.x}, scale[2] = {line0.y, line1.y};
+  uint4* next = Next + warp * 232;
+  if (lane < 4) {  // (1, 1, scale, scale), (bias, bias) of both n-tiles: read where needed
+    const uint4 line0 = lines[warp * 8 + l], line1 = lines[warp * 8 + 4 + l];
+    next[192 + l] = make_uint4(line0.x, line1.x, line0.y, line1.y);
+    next[196 + l] = make_uint4(line0.z, line1.z, 0, 0);
+  }
 
   // what a lane knows of its query tile: rows r and r + 8; key and value of row j. [n-tile][row]
   u32 sum[2][2], wv[2][2], shift[2][2], fa[2][2], fm[2][2];
-  uint4 qt, key0, key1;
+  uint4 key0, key1;
   int left, beyond;  // steps of the tile; those without row r, without row r + 8
   u32 kv0, kv1;
   bool mixed;
-  uint4* next = Next + warp * 192;
   auto load_keys = [&]() { key0 = load16(kv + kv0), key1 = load16(kv + kv1); };  // j >= n of the row: of other rows, finite
   auto places = [&](int tile) { return (const int4*)next + (tile & 1) * 16; };
   // Keys, values and queries of one tile to L2, see edge_wg.cu.
@@ -179,7 +180,7 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
     const int4 row0 = places(t)[r], row1 = places(t)[r + 8];
     const int n = places(t)[0].z;  // the largest comes first
     const uint4 film0 = next[64 + lane], film1 = next[96 + lane];
-    qt = next[32 + lane];
+    next[200 + lane] = next[32 + lane];
     kv0 = row0.y * 64 + warp * 4 + l, kv1 = row1.y * 64 + warp * 4 + l;
     load_keys();
     left = n, beyond = (n - row0.z) | (n - row1.z) << 8;
@@ -192,19 +193,21 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
       ask_places(t + 2);
       if (THREAD == 0) prefetch_tile(t + 2);
     }
-    const u32 bias[2] = {Ls[warp * 8 + l].z, Ls[warp * 8 + 4 + l].z};
+    const uint2 shifts = *(const uint2*)(next + 196 + l);
     fm[0][0] = film0.x, fm[1][0] = film0.y, fm[0][1] = film1.x, fm[1][1] = film1.y;
     fa[0][0] = film0.z, fa[1][0] = film0.w, fa[0][1] = film1.z, fa[1][1] = film1.w;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int nt = i >> 1, hi = i & 1;
       sum[nt][hi] = wv[nt][hi] = 0;
-      shift[nt][hi] = bias[nt];
+      shift[nt][hi] = nt ? shifts.y : shifts.x;
     }
   };
   // One m-tile: its scores to z_row, its part of the softmax.
   auto step = [&](const uint4* a_tile, u8* z_row) {
     const uint4 tile[4] = {a_tile[0], a_tile[32], a_tile[64], a_tile[96]};
+    const uint4 line = next[192 + l];
+    const u32 one[2] = {line.x, line.y}, scale[2] = {line.z, line.w};
     u32 mul[2][2], add[2][2];
 #pragma unroll
     for (int ks = 0; ks < 4; ks++) {
@@ -215,6 +218,7 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
       mma_half(add[1], a, ba[ks].z, ba[ks].w, ks ? add[1][0] : 0, ks ? add[1][1] : 0);
     }
     // a pair: row r + 8 hi, channels 8 nt + 2 l, + 1
+    const uint4 qt = next[200 + lane];
     const u32 qs[2][2] = {{qt.x, qt.y}, {qt.z, qt.w}};
     const u32 ks_[2][2] = {{key0.x, key1.x}, {key0.y, key1.y}}, vs[2][2] = {{key0.z, key1.z}, {key0.w, key1.w}};
     u32 y[2][2], z[2][2];
@@ -275,13 +279,16 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
         const u32 own_wv = nt ? (hi ? wv[1][1] : wv[1][0]) : (hi ? wv[0][1] : wv[0][0]);
         const float s = i & 1 ? half_high(own_sum) : half_low(own_sum), v = i & 1 ? half_high(own_wv) : half_low(own_wv);
         if (s > half_low(SMALLEST) && s < half_low(LARGEST) && fabsf(v) < half_low(LARGEST)) continue;
+        const uint4 qt = next[200 + lane];
         const u32 pair = nt ? (hi ? qt.w : qt.z) : (hi ? qt.y : qt.x);
-        const uint4 line = Ls[warp * 8 + nt * 4 + l];
+        const uint4 line = next[192 + l];
+        const uint2 shifts = *(const uint2*)(next + 196 + l);
         Element e;
         e.E = (const u16*)E, e.kv = (const u16*)kv, e.w_mul = (const u16*)w_mul, e.w_add = (const u16*)w_add;
         e.q = i & 1 ? half_high(pair) : half_low(pair);
-        e.b_mul = i & 1 ? half_high(line.x) : half_low(line.x), e.s_add = i & 1 ? half_high(line.y) : half_low(line.y);
-        e.b_add = i & 1 ? half_high(line.z) : half_low(line.z);
+        const u32 one = nt ? line.y : line.x, scale = nt ? line.w : line.z, bias = nt ? shifts.y : shifts.x;
+        e.b_mul = i & 1 ? half_high(one) : half_low(one), e.s_add = i & 1 ? half_high(scale) : half_low(scale);
+        e.b_add = i & 1 ? half_high(bias) : half_low(bias);
         e.m_tile = tile_start[t], e.row = r + 8 * hi, e.channel = warp * 16 + nt * 8 + l * 2 + (i & 1);
         const float exact = exact_gather(e, rows[t * 16 + r + 8 * hi]);
 #pragma unroll
@@ -307,20 +314,19 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
   open_tile();
 
 #pragma unroll 1
-  for (int k = 0; 4 * k < m_tiles; k++) {
-    const int slot = k & (RING - 1);
-    u8* z_row = Z + slot * Z_BYTES + warp * 1024 + lane * 4;
-    const uint4* a_tile = Eq + slot * 512 + lane;
-    barrier_wait(at->q_full + slot, k / RING & 1);
-    int count = min(4, m_tiles - 4 * k);
+  for (int i = 0; i < m_tiles;) {
+    barrier_wait(at->q_full + (i >> 2 & RING - 1), i / (4 * RING) & 1);
+    bool more;  // m-tiles in the group
 #pragma unroll 1
     do {
-      step(a_tile, z_row);
-      a_tile += 128, z_row += 256;
-      if (--count == 0) {  // before anything is loaded: the fence would wait for it
+      const int place = i & 4 * RING - 1;
+      step(Eq + place * 128 + lane, Z + warp * (RING * 1024) + place * 256 + lane * 4);
+      i++;
+      more = (i & 3) != 0 && i < m_tiles;
+      if (!more) {  // before anything is loaded: the fence would wait for it
         fence_async();
         warp_sync();
-        if (lane == 0) barrier_arrive(at->z_full + slot);
+        if (lane == 0) barrier_arrive(at->z_full + (i - 1 >> 2 & RING - 1));
       }
       if (--left > 0) {
         kv0 += 64, kv1 += 64;
@@ -330,6 +336,6 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
         close_tile();
         if (++t < share->t_end) open_tile();
       }
-    } while (count > 0);
+    } while (more);
   }
 }
