@@ -144,10 +144,10 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
   };
   load_weights();
   uint4* next = Next + warp * 232;
-  if (lane < 4) {  // (1, 1, scale, scale), (bias, bias) of both n-tiles: read where needed
+  if (lane < 4) {  // (1, 1) twice, as the products start; (scale, scale, bias, bias): of both n-tiles, read where needed
     const uint4 line0 = lines[warp * 8 + l], line1 = lines[warp * 8 + 4 + l];
-    next[192 + l] = make_uint4(line0.x, line1.x, line0.y, line1.y);
-    next[196 + l] = make_uint4(line0.z, line1.z, 0, 0);
+    next[192 + l] = make_uint4(line0.x, line0.x, line1.x, line1.x);
+    next[196 + l] = make_uint4(line0.y, line1.y, line0.z, line1.z);
   }
 
   // what a lane knows of its query tile: rows r and r + 8; key and value of row j. [n-tile][row]
@@ -193,7 +193,7 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
       ask_places(t + 2);
       if (THREAD == 0) prefetch_tile(t + 2);
     }
-    const uint2 shifts = *(const uint2*)(next + 196 + l);
+    const uint2 shifts = ((const uint2*)(next + 196 + l))[1];
     fm[0][0] = film0.x, fm[1][0] = film0.y, fm[0][1] = film1.x, fm[1][1] = film1.y;
     fa[0][0] = film0.z, fa[1][0] = film0.w, fa[0][1] = film1.z, fa[1][1] = film1.w;
 #pragma unroll
@@ -206,14 +206,15 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
   // One m-tile: its scores to z_row, its part of the softmax.
   auto step = [&](const uint4* a_tile, u8* z_row) {
     const uint4 tile[4] = {a_tile[0], a_tile[32], a_tile[64], a_tile[96]};
-    const uint4 line = next[192 + l];
-    const u32 one[2] = {line.x, line.y}, scale[2] = {line.z, line.w};
+    const uint4 one = next[192 + l];
+    const uint2 scales = *(const uint2*)(next + 196 + l);
+    const u32 scale[2] = {scales.x, scales.y};
     u32 mul[2][2], add[2][2];
 #pragma unroll
     for (int ks = 0; ks < 4; ks++) {
       const uint4& a = tile[ks];
-      mma_half(mul[0], a, bm[ks].x, bm[ks].y, ks ? mul[0][0] : one[0], ks ? mul[0][1] : one[0]);
-      mma_half(mul[1], a, bm[ks].z, bm[ks].w, ks ? mul[1][0] : one[1], ks ? mul[1][1] : one[1]);
+      mma_half(mul[0], a, bm[ks].x, bm[ks].y, ks ? mul[0][0] : one.x, ks ? mul[0][1] : one.y);
+      mma_half(mul[1], a, bm[ks].z, bm[ks].w, ks ? mul[1][0] : one.z, ks ? mul[1][1] : one.w);
       mma_half(add[0], a, ba[ks].x, ba[ks].y, ks ? add[0][0] : 0, ks ? add[0][1] : 0);
       mma_half(add[1], a, ba[ks].z, ba[ks].w, ks ? add[1][0] : 0, ks ? add[1][1] : 0);
     }
@@ -281,12 +282,11 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
         if (s > half_low(SMALLEST) && s < half_low(LARGEST) && fabsf(v) < half_low(LARGEST)) continue;
         const uint4 qt = next[200 + lane];
         const u32 pair = nt ? (hi ? qt.w : qt.z) : (hi ? qt.y : qt.x);
-        const uint4 line = next[192 + l];
-        const uint2 shifts = *(const uint2*)(next + 196 + l);
+        const uint4 ones = next[192 + l], line = next[196 + l];
         Element e;
         e.E = (const u16*)E, e.kv = (const u16*)kv, e.w_mul = (const u16*)w_mul, e.w_add = (const u16*)w_add;
         e.q = i & 1 ? half_high(pair) : half_low(pair);
-        const u32 one = nt ? line.y : line.x, scale = nt ? line.w : line.z, bias = nt ? shifts.y : shifts.x;
+        const u32 one = nt ? ones.z : ones.x, scale = nt ? line.y : line.x, bias = nt ? line.w : line.z;
         e.b_mul = i & 1 ? half_high(one) : half_low(one), e.s_add = i & 1 ? half_high(scale) : half_low(scale);
         e.b_add = i & 1 ? half_high(bias) : half_low(bias);
         e.m_tile = tile_start[t], e.row = r + 8 * hi, e.channel = warp * 16 + nt * 8 + l * 2 + (i & 1);
