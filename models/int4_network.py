@@ -1,7 +1,8 @@
 """A network of 4-bit recipes whose Linears run as one launch each (kernels/int4.py), all else in PyTorch.
 
-Guarantees: the integers are QuantLinear's; the branches (low rank, sparse, outliers) see the input in bf16. A Linear that
-the kernel can't take stays a QuantLinear; a recipe that it doesn't compute is refused by name.
+Guarantees: the integers are QuantLinear's; the branches (low rank, sparse, outliers) see the input in bf16. Directions
+that a recipe takes out of the input (the metric "input") are two products in float32 before and after the launch. A Linear
+that the kernel can't take stays a QuantLinear; a recipe that it doesn't compute is refused by name.
 Knows nothing of: steps, sampling, which engine is chosen.
 """
 
@@ -18,6 +19,7 @@ from bitdgdm.kernels.int4 import MOST_RANK, Int4Linear, int4_linear, pack, suppo
 from bitdgdm.kernels.launch import Device, Launcher, PyCudaMissing
 from bitdgdm.kernels.toolchain import missing
 from bitdgdm.quant.artifact import Artifact
+from bitdgdm.quant.linear import inner_tau
 from bitdgdm.quant.parts import codes, factors, sparse
 from bitdgdm.quant.recipe import Recipe
 
@@ -44,9 +46,7 @@ def recipe_refusal(recipe: Recipe) -> str:
     for field, value in _FIXED.items():
         if getattr(recipe, field) != value:
             return f"int4_linear computes {field} {value}, recipe {recipe.name} says {getattr(recipe, field)}"
-    if recipe.low_rank_metric == "input":
-        return f"int4_linear doesn't take the low-rank part out of the input, as {recipe.name} does"
-    if recipe.rank + recipe.repair_rank > MOST_RANK:
+    if recipe.low_rank_metric != "input" and recipe.rank + recipe.repair_rank > MOST_RANK:
         return f"int4_linear takes rank {MOST_RANK} at most, not {recipe.rank + recipe.repair_rank}"
     return ""
 
@@ -54,20 +54,38 @@ def recipe_refusal(recipe: Recipe) -> str:
 class Int4Layer(nn.Module):
     """A drop-in for the QuantLinear of the same parts. x: float[..., in] -> [..., out] in the dtype of x."""
 
-    def __init__(self, linear: Int4Linear, launcher: Launcher) -> None:
+    def __init__(
+        self, linear: Int4Linear, launcher: Launcher, directions: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """directions: L float32[out, R] and R float32[in, R] of the metric "input"."""
         super().__init__()
         self._linear, self._launcher = linear, launcher
+        up, basis = directions if directions is not None else (None, None)
+        self.register_buffer("_up", up)
+        self.register_buffer("_basis", basis)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self._basis, Tensor) and isinstance(self._up, Tensor):
+            return self._deflated(x, self._basis, self._up)
         taken = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
         return int4_linear(taken, self._linear, self._launcher).to(x.dtype)
+
+    def _deflated(self, x: Tensor, basis: Tensor, up: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1]).float()
+            z = rows @ basis
+            rest = torch.addmm(rows, z, basis.T, alpha=-1)  # as QuantLinear does it, so that the integers are its own
+            y = int4_linear(rest, self._linear, self._launcher).addmm_(z, up.T)
+            return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
 def fuse(network: nn.Module, artifact: Artifact, launcher: Launcher) -> nn.Module:
     """Put Int4Layers in the places of an artifact's Linears, in place. network: what `apply` made of the artifact."""
     for name, (parts, bias, tau) in artifact.layers.items():
         recipe = artifact.header.recipe.for_layer(name)
-        both = factors(parts)
+        both, directions = factors(parts), None
+        if parts.deflated:
+            both, directions = None, both
         up, down = both if both is not None else (None, None)
         ok, _ = supports(
             *parts.shape, rank=0 if up is None else up.shape[1], branches=True, arch=launcher.arch,
@@ -78,11 +96,11 @@ def fuse(network: nn.Module, artifact: Artifact, launcher: Launcher) -> nn.Modul
         assert parts.scale is not None
         packed = pack(
             codes(parts), parts.scale, bias, asymmetric=recipe.act_asymmetric, sigma=recipe.outlier_sigma,
-            tau=tau if recipe.outlier_sigma is not None else None, up=up, down=down, sparse=sparse(parts),
+            tau=None if tau is None or recipe.outlier_sigma is None else inner_tau(tau, recipe, None), up=up, down=down, sparse=sparse(parts),
             device=launcher.device,
         )  # fmt: skip
         owner, _, child = name.rpartition(".")
-        setattr(network.get_submodule(owner), child, Int4Layer(packed, launcher))
+        setattr(network.get_submodule(owner), child, Int4Layer(packed, launcher, directions).to(launcher.device))
     return network
 
 

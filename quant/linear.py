@@ -79,7 +79,7 @@ class QuantLinear(nn.Module):
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, the weight needs [{length}]")
         tables = _run_time(parts, recipe) if recipe.act_quantized else _whole(parts)
         if recipe.act_quantized and recipe.outlier_sigma is not None and tau is not None:
-            tables["tau"] = _inner_tau(tau.detach().float().clone(), recipe, tables.get("factor"))
+            tables["tau"] = inner_tau(tau.detach().float().clone(), recipe, tables.get("factor"))
         tables["bias"] = None if bias is None else bias.detach().float().clone()
         for name in QuantLinear.__annotations__:
             self.register_buffer(name, tables.get(name))
@@ -216,8 +216,8 @@ def _run_time(parts: LinearParts, recipe: Recipe) -> dict[str, Tensor | None]:
     return found
 
 
-def _inner_tau(tau: Tensor, recipe: Recipe, factor: Tensor | None) -> Tensor | None:
-    """Thresholds of |x'|; None where the transform or the metric "input" mixes channels."""
+def inner_tau(tau: Tensor, recipe: Recipe, factor: Tensor | None) -> Tensor | None:
+    """Thresholds of |x'| from those of |x|: float32[in]; None where the transform or the metric "input" mixes channels."""
     if recipe.low_rank_metric == "input":
         return None
     if recipe.premul == "smooth" and factor is not None:

@@ -26,12 +26,6 @@ ROUNDS = 3
 DAMPING = 1e-3
 """Added to the second moment, in parts of its mean diagonal: directions that calibration never saw still count."""
 
-WIDE = 512
-"""Second moments of more inputs are not decomposed as a whole: of 2048 directions a recipe wants a few."""
-
-SPARE, TURNS, SETTLED = 24, 60, 1e-12
-"""Of the iteration there: directions beside those wanted, most turns, and the residual in parts of the largest value."""
-
 
 def _svd(w: Tensor, rank: int, alpha: float) -> LowRankSparse:
     """Rank first, then S of what it leaves: SVDQuant's order, with S on top where alpha asks for it."""
@@ -75,31 +69,9 @@ def principal(moment: Tensor, rank: int) -> Tensor:
 
     moment: float64[B, in, in]. The sign of a direction is that of its largest entry, the first of equal ones.
     """
-    vectors = torch.stack([_leading(m, rank) for m in moment])
+    vectors = torch.linalg.eigh(moment).eigenvectors.flip(-1)[..., :rank]
     largest = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
     return (vectors * torch.where(largest < 0, -1.0, 1.0)).float().contiguous()
-
-
-def _leading(moment: Tensor, rank: int) -> Tensor:
-    """Eigenvectors of the `rank` largest eigenvalues of float64[in, in], the largest first.
-
-    Wide ones by subspace iteration from a fixed start (Halko, Martinsson, Tropp, SIAM Review 53(2), 2011): on calibration
-    inputs 10 to 15 turns agree with the whole decomposition to rounding, in a tenth of its time. What hasn't settled by
-    then is decomposed as a whole.
-    """
-    if len(moment) > max(WIDE, rank + SPARE):
-        generator = torch.Generator().manual_seed(0)  # on the CPU: every device starts with the same numbers
-        start = torch.randn(len(moment), rank + SPARE, generator=generator, dtype=torch.float64)
-        basis = start.to(moment.device)
-        for turn in range(TURNS):
-            basis = torch.linalg.qr(moment @ basis).Q
-            if turn % 5 == 4:
-                image = moment @ basis
-                values, inside = (v.flip(-1)[..., :rank] for v in torch.linalg.eigh(basis.mT @ image))
-                residual = (image @ inside - basis @ inside * values).norm(dim=0)
-                if bool((residual <= SETTLED * values[0]).all()):
-                    return basis @ inside
-    return torch.linalg.eigh(moment).eigenvectors.flip(-1)[:, :rank]
 
 
 def store_factors(left: Tensor, right: Tensor, bits: int) -> dict[str, Tensor]:

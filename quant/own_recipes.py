@@ -1,7 +1,8 @@
 """Recipes that came out of measuring what is lost: the method carried over from the weights to their inputs.
 
 Weights of a converged network are close to full rank, its inputs are not: 8 of 256 directions hold most of their energy.
-So the low-rank part goes where the low rank is (low_rank_metric "input"), and weights are rounded by gptq.
+So the low-rank part goes where the low rank is (low_rank_metric "input"), and weights are rounded by gptq. What comes out
+of a ReLU is not low-rank: such inputs keep all their directions.
 
 Guarantees: each entry says what it needs beforehand and what it adds at run time.
 Knows nothing of: how a recipe is carried out, and how good it is (benchmarks/results says that).
@@ -10,6 +11,7 @@ Knows nothing of: how a recipe is carried out, and how good it is (benchmarks/re
 from typing import Any
 
 from bitdgdm.quant.recipe import Recipe
+from bitdgdm.quant.rival_recipes import AFTER_RELU
 
 SEEN = "second moments of self-sampled inputs"
 GPTQ = "Frantar et al., GPTQ, ICLR 2023; scales by the output's error, asymmetric activations"
@@ -18,6 +20,7 @@ INPUT = "ours: Bit-DGDM's low-rank part (PMLR 267:19996-20015) taken from the in
 _ROUNDED: dict[str, Any] = {
     "rounding": "gptq", "weight_clip": "output", "act_asymmetric": True, "calibration": "uniform",
 }  # fmt: skip
+_NO_FACTORS = (("rank", 0), ("low_rank_metric", "weight"), ("solver", "scaledgd"))
 
 
 def _gptq(weight_bits: int, act_bits: int) -> Recipe:
@@ -34,6 +37,8 @@ def _input(
     outliers = "" if sigma is None else f", outliers beyond {sigma} sigma in 16 bit"
     method = "bitdgdm-input-hadamard" if more.get("premul") == "hadamard" else "bitdgdm-input"
     turned = "turned by a Hadamard transform, " if more.get("premul") == "hadamard" else ""
+    if not turned:  # turned ones mix channels and lose by it
+        more |= {"version": 2, "overrides": tuple((pattern, _NO_FACTORS) for pattern in AFTER_RELU)}
     return Recipe(
         f"{method}-w{weight_bits}a{act_bits}-r{rank}", weight_bits, act_bits, rank=rank, solver="svd",
         low_rank_metric="input", factor_bits=8, outlier_sigma=sigma, **_ROUNDED, **more,

@@ -17,22 +17,26 @@ from bitdgdm.models.int4_network import Int4Layer, fuse, recipe_refusal
 from bitdgdm.quant.artifact import Artifact, ArtifactHeader, apply, save_artifact
 from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.recipe_book import get_recipe
+from bitdgdm.quant.stats import stats_of_rows
 from tests.kernels.emulate import Emulator
 
 EMULATED = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
 ONE_LAYER = replace(QM9_NO_H, n_layers=1)
 
 
-@pytest.fixture(scope="module")
-def artifact() -> Artifact:
-    """One layer by bitdgdm-w4a4-r16-s1."""
+def one_layer(name_of_recipe: str) -> Artifact:
+    """One layer by a recipe, with thresholds; where it asks for inputs, of low rank and a little noise."""
     torch.manual_seed(1)
-    network, recipe = GraphTransformer(ONE_LAYER).requires_grad_(False), get_recipe("bitdgdm-w4a4-r16-s1")
+    network, recipe = GraphTransformer(ONE_LAYER).requires_grad_(False), get_recipe(name_of_recipe)
     layers, reports = {}, {}
     for name in quantizable(ONE_LAYER):
         linear = network.get_submodule(name)
-        parts, reports[name] = decompose(linear.weight, recipe, contributions=False)
-        layers[name] = (parts, linear.bias.detach(), None)
+        stats = None
+        if recipe.for_layer(name).calibration != "none":
+            rows = torch.randn(64, 4) @ torch.randn(4, linear.in_features) + 0.1 * torch.randn(64, linear.in_features)
+            stats = stats_of_rows(rows, torch.full((64,), 250), ONE_LAYER.diffusion_steps)
+        parts, reports[name] = decompose(linear.weight, recipe.for_layer(name), stats, contributions=False)
+        layers[name] = (parts, linear.bias.detach(), torch.full((linear.in_features,), 0.2))
     kept = {k: v for k, v in network.state_dict().items() if k.rpartition(".")[0] not in layers}
     config = ONE_LAYER.to_dict()
     source = {"uri": "", "name": "one", "version": "1", "digest": ""}
@@ -40,8 +44,15 @@ def artifact() -> Artifact:
     return Artifact(header, layers, kept, "digest")
 
 
+@pytest.fixture(scope="module")
+def artifact() -> Artifact:
+    return one_layer("bitdgdm-w4a4-r16-s1")
+
+
 @EMULATED
-def test_a_network_of_fused_linears_says_what_quant_linear_says(artifact: Artifact) -> None:
+@pytest.mark.parametrize("recipe", ["bitdgdm-w4a4-r16-s1", "bitdgdm-input-w4a4-r8"])
+def test_a_network_of_fused_linears_says_what_quant_linear_says(recipe: str) -> None:
+    artifact = one_layer(recipe)
     plain = apply(GraphTransformer(ONE_LAYER), artifact).eval()
     launcher = Emulator({"int4": {"NATIVE": 1}}, arch="89", shared_bytes=101376)
     fused = fuse(copy.deepcopy(plain), artifact, launcher)

@@ -40,18 +40,18 @@ def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SourceModel:
     return model
 
 
+def quantize_to(path: Path) -> None:
+    """The source that lies beside the path, by the recipe that lies there too."""
+    source, recipe = path.with_name("tiny.safetensors"), path.with_name("recipe.json")
+    quantize(str(source), str(recipe), out=path, executor="local", quiet=True)
+
+
 def test_a_recipe_with_repair_stores_its_factors_and_reports_the_repaired_layers(
     source: SourceModel, tmp_path: Path
 ) -> None:
     paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     for path in paths:
-        quantize(
-            str(tmp_path / "tiny.safetensors"),
-            str(tmp_path / "recipe.json"),
-            out=path,
-            executor="local",
-            quiet=True,
-        )
+        quantize_to(path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     artifact = load_artifact(paths[0])
     assert artifact.layers
@@ -73,11 +73,5 @@ def test_a_repair_that_fails_is_told_by_name_and_leaves_no_file(
     monkeypatch.setattr(module, "repaired", broken)
     out = tmp_path / "out.safetensors"
     with pytest.raises(RepairFailed, match=RECIPE.name):
-        quantize(
-            str(tmp_path / "tiny.safetensors"),
-            str(tmp_path / "recipe.json"),
-            out=out,
-            executor="local",
-            quiet=True,
-        )
+        quantize_to(out)
     assert not out.exists()
