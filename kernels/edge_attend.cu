@@ -81,7 +81,6 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
   for (int i = THREAD; i < 16 * 4 * 32; i += 512) copy16_async(Wo + i, w_out + i);
   for (int i = THREAD; i < min(STEPS, g_end - g) * 128; i += 512)
     copy16_async(Es + (g / STEPS & 1) * STEPS * 128 + i, E + (u64)g * 128 + i);
-  copy_commit();
   if (THREAD < 192) Vs[THREAD] = vec[THREAD];
   Vs[192 + THREAD] = bias[THREAD];
 
@@ -105,7 +104,6 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
       const int next = min(STEPS, g_end - g - STEPS);
       uint4* to = Es + (stage ^ 1) * STEPS * 128;
       for (int i = THREAD; i < next * 128; i += 512) copy16_async(to + i, E + (u64)(g + STEPS) * 128 + i);
-      copy_commit();
     }
 
 #pragma unroll 1

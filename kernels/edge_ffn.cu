@@ -60,7 +60,6 @@ DEV void run(u8* shared, const uint4* E1, uint4* E, int m_tiles, const uint4* w1
   load_shared(W1, w1, 1024);
   load_shared(W2, w2, 1024);
   if (OUT) load_shared(W3, w3, 1024), load_shared(W4, w4, 256);
-  copy_commit();
   for (int i = THREAD; i < (OUT ? 456 : 320); i += 128) V[i] = vec[i];
   copy_wait();
   block_sync();

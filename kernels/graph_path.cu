@@ -93,7 +93,6 @@ pool(const uint4* __restrict__ X, const uint4* __restrict__ E, const int* __rest
   if (THREAD < mine) copy16_async(own + THREAD, heads + first + THREAD);
   if (THREAD < 20)
     copy16_async((float4*)origins + THREAD, pad + (THREAD < 4 ? 256 + part * 16 : part * 64 - 16) + THREAD * 4);
-  copy_commit();
   for (int j = THREAD; j < owned * 16; j += THREADS) words[j] = (j >> 4) * 512 + (j & 7) * 16 + (j >> 3 & 1);
   if (THREAD < 2) {
     const float total = (float)(THREAD ? n_pad : n_pad * n_pad);

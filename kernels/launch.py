@@ -83,6 +83,7 @@ class Device:
         self._apart_stream = torch.cuda.Stream(self.device)
         self._module = cache(self._load)
         self._function = cache(self._prepare)
+        self._room: dict[tuple[str, str], int] = {}  # shared memory that a block of each kernel may have
 
     @contextmanager
     def _current(self) -> Iterator[None]:
@@ -121,9 +122,11 @@ class Device:
 
     def _prepare(self, source: str, kernel: str, signature: str, shared: int) -> Any:
         function = self._module(source).get_function(kernel)
-        if shared > 48 << 10:
+        room = max(shared, self._room.get((source, kernel), 48 << 10))  # never less than a launch before had
+        if room > 48 << 10:
             attribute = self._driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
-            function.set_attribute(attribute, shared)
+            function.set_attribute(attribute, room)
+        self._room[source, kernel] = room
         function.prepare(signature)
         return function
 

@@ -214,7 +214,6 @@ node_in(const uint4* features, uint4* X, uint4* q, uint4* kv, const uint4* w, co
   const int first = BLOCK * TILES;
   Acc acc;
   tiles_to_shared(Hs, features, first, tiles, IN_KS * 32);
-  copy_commit();
   copy_wait();
   block_sync();
   product<IN_KS>(acc, Hs, w, vec, at);
@@ -240,7 +239,6 @@ node_mid(const uint4* gathered, uint4* X, uint4* q, uint4* kv, const uint4* w, c
   Acc acc;
   tiles_to_shared(Hs, gathered, first, tiles, 512);
   tiles_to_shared(Xs, X, first, tiles, 512);
-  copy_commit();
   copy_wait();
   block_sync();
   update(acc, Xs, Hs, part, w, vec, at);
@@ -261,7 +259,6 @@ node_out(const uint4* gathered, const uint4* X, float* logits, const uint4* w, c
   Acc acc;
   tiles_to_shared(Hs, gathered, first, tiles, 512);
   tiles_to_shared(Xs, X, first, tiles, 512);
-  copy_commit();
   copy_wait();
   block_sync();
   update(acc, Xs, Hs, part, w, vec, at);

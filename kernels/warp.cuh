@@ -93,8 +93,7 @@ DEV void copy16_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
 }
-DEV void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-DEV void copy_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+DEV void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }  // for all that this thread has asked for
 
 DEV uint4 load16(const void* p) { return __ldg((const uint4*)p); }
 DEV float lane_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }

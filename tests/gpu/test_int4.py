@@ -43,6 +43,16 @@ def test_a_plain_product_is_its_twin_to_the_last_bit(
     assert torch.equal(got.cpu(), twin(x, codes, scale, bias, asymmetric=asymmetric))
 
 
+def test_a_narrow_linear_leaves_a_wide_one_its_shared_memory(device: Device) -> None:
+    g = torch.Generator().manual_seed(2)
+    for width in (2048, 64, 2048):
+        codes, scale = torch.randint(-8, 8, (64, width), generator=g).to(torch.int8), torch.rand(64, generator=g)
+        x = torch.randn(17, width, generator=g)
+        with device.stream():
+            got = int4_linear(x.to(device.device), pack(codes, scale, device=device.device), device)
+        assert torch.equal(got.cpu(), twin(x, codes, scale))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [64, 256, 2048])
 def test_every_branch_errs_at_most_twice_as_much_as_pytorch_in_bf16(

@@ -9,6 +9,7 @@ u8* shared;
 int current, block, blocks, threads, block_count;
 u64 block_generation;
 std::vector<Warp> warps;
+std::vector<std::vector<std::pair<void*, const void*>>> under_way;
 Named named[16];
 
 static ucontext_t home;
@@ -61,6 +62,7 @@ extern "C" void emulate(void* fn, int grid, int block_threads, int shared_bytes,
     fibers.assign(threads, ucontext_t());
     done.assign(threads, false);
     warps.assign((threads + 31) / 32, Warp());
+    under_way.assign(threads, {});
     left = threads, block_count = 0;
     for (Named& n : named) n = Named();
     for (int i = 0; i < threads; i++) {

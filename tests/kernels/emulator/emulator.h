@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <utility>
 #include <vector>
 
 typedef unsigned char u8;
@@ -54,6 +55,7 @@ struct Warp {
   u32 out[32][4];
 };
 extern std::vector<Warp> warps;
+extern std::vector<std::vector<std::pair<void*, const void*>>> under_way;  // asynchronous copies of each thread
 extern int block_count;
 extern u64 block_generation;
 
@@ -141,9 +143,15 @@ DEV void mma(float (&d)[4], const uint4& a, u32 b0, u32 b1, const float (&c)[4])
   for (int i = 0; i < 4; i++) d[i] = as_float(out[i]);
 }
 
-DEV void copy16_async(void* shared, const void* global) { memcpy(shared, global, 16); }
-DEV void copy_commit() {}
-DEV void copy_wait() {}
+// A copy lands when its thread waits for it, not before.
+DEV void copy16_async(void* shared, const void* global) {
+  if ((uintptr_t)shared % 16 || (uintptr_t)global % 16) abort();
+  emu::under_way[emu::current].push_back({shared, global});
+}
+DEV void copy_wait() {
+  for (const auto& copy : emu::under_way[emu::current]) memcpy(copy.first, copy.second, 16);
+  emu::under_way[emu::current].clear();
+}
 DEV uint4 load16(const void* p) {
   if ((uintptr_t)p % 16) abort();
   return *(const uint4*)p;
