@@ -44,11 +44,11 @@ class Point:
 _LABEL_AT = {"node_mid": (-6, -9), "node_in": (-6, 5), "edge_ffn": (-6, -3), "edge_ffn_out": (6, 4), "node_out": (6, -6)}
 
 
-def work(kernel: str, rows: int, edges: int, graphs: int, dy: int) -> tuple[float, float]:
-    """(multiply-adds, bytes) of one launch."""
+def work(kernel: str, rows: int, edges: int, graphs: int, dy: int, fp8: bool) -> tuple[float, float]:
+    """(multiply-adds, bytes) of one launch. fp8: edge_attend does the feed-forward net of E too."""
     y = 1344 * dy + 2 * dy * dy + 2 * dy * 2048 + 1024 * dy
     table = {
-        "edge_attend": (49_152 * edges, 256 * edges + 2048 * rows),
+        "edge_attend": ((65_536 if fp8 else 49_152) * edges, 256 * edges + 2048 * rows),
         "edge_ffn": (16_384 * edges, 256 * edges),
         "edge_ffn_out": (25_600 * edges, 160 * edges),
         "node_mid": (393_216 * rows, 3_072 * rows),
@@ -94,7 +94,7 @@ def time_kernels(batch: Denoiser, runs: int = 5) -> list[Point]:
         times.setdefault(kernel, []).append(a.elapsed_time(b) / 1000)
     points = []
     for kernel, found in times.items():
-        macs, moved = work(kernel, rows, edges, graphs, shape.dy)
+        macs, moved = work(kernel, rows, edges, graphs, shape.dy, batch.network.fp8)
         peak = INT8 if getattr(batch.network, "int8", False) and kernel.startswith("node") else BF16
         points.append(Point(kernel, statistics.median(found), len(found) // runs, 2 * macs, moved, peak))
     return points
@@ -143,7 +143,7 @@ def stored_points(results: Path, size: int = 8192, seed: int = 20261123) -> dict
         if found is None or r["metric"] != "kernel":
             continue
         engine, kernel, launches = found[1], found[2], int(found[3])
-        macs, moved = work(kernel, rows, edges, size, QM9_NO_H.hidden_dims.dy)
+        macs, moved = work(kernel, rows, edges, size, QM9_NO_H.hidden_dims.dy, "fp8" in engine)
         peak = INT8 if "w8a8" in engine and kernel.startswith("node") else BF16
         points.setdefault(engine, []).append(Point(kernel, r["value"] / 1e6, launches, 2 * macs, moved, peak))
     return points

@@ -17,6 +17,7 @@ from bitdgdm.kernels.network import Layer, Network
 
 _NODE, _TOTAL = 80, 40  # bytes of the structs of features.cu
 NODE_TILE = 16896  # bytes of shared memory for a query tile of node.cu
+ATTEND_F8_SHARED = 226048  # bytes of shared memory of edge_f8.cu
 GRAPH_SHARED = 64 * 1024 + 8 * 1024  # four warps' sums and y, for 64 graphs of 64 channels or 32 of 128
 
 
@@ -153,30 +154,40 @@ class Denoiser:
             each = node_tiles(self.launcher.shared_bytes)
             self._run("node", kernel, -(-tiles // each), 256, each * NODE_TILE, *args, tiles)
 
-    def pool(self, p: Layer) -> None:
+    def pool(self, p: Layer, E: Tensor) -> None:
         """X, E -> z: mean, least, largest, deviation of every channel over the rows of a graph and its padding."""
         at, n_pad = self.layout, self.network.shape.n_pad
         each, warps, tiles, shared = pool_block(n_pad, self.launcher.shared_bytes)
         self._run(
             self._graph_source, "pool", -(-at.count // each) * 4, warps * 32, shared,
-            self.X, self.E, at.tile_start, at.heads, at.rows, p.pad, self.z, at.count, n_pad, each, tiles,
+            self.X, E, at.tile_start, at.heads, at.rows, p.pad, self.z, at.count, n_pad, each, tiles,
         )  # fmt: skip
 
     def layer(self, i: int) -> None:
-        """Layer i; the last one ends in logits."""
+        """Layer i; the last one ends in logits.
+
+        E is in `self.E` before it; after it too, but where edge_attend has the feed-forward net of E: then layers go from
+        E to E1 and from E1 to E in turn, since other blocks still read what a block replaces.
+        """
         at, s, p = self.layout, self.network.shape, self.network.layers[i]
-        last = i == s.layers - 1
+        last, fp8 = i == s.layers - 1, self.network.fp8
+        E, E1 = (self.E1, self.E) if fp8 and i % 2 else (self.E, self.E1)
         if not last:
-            self.pool(p)
-        source, shared = ("edge_wg", 201728) if self.network.hopper else ("edge_attend", attend_shared(self.attend_steps))
-        if self.network.fp8:
-            source, shared = "edge_f8", 148736 + (2 * 41216 if self.network.shape.near_rows else 0)
+            self.pool(p, E)
+        source, block, shared = "edge_attend", 512, attend_shared(self.attend_steps)
+        net: tuple[Tensor | None, ...] = ()
+        if fp8:
+            source, block, shared = "edge_f8", 640, ATTEND_F8_SHARED
+            net = (None, None) if last else (p.ffn1, p.ffn_vec)
+        elif self.network.hopper:
+            source, shared = "edge_wg", 201728
         self._run(
-            source, "edge_attend", len(at.block_tile) - 1, 512, shared,
-            self.E, self.E1, self.q, self.kv, self.film_e, self.film_x, self.gathered, at.tile_start, at.rows,
-            at.block_tile, p.w_mul, p.w_add, p.score_bias, p.w_e_out, p.e_out_vec,
+            source, "edge_attend", len(at.block_tile) - 1, block, shared,
+            E, E1, self.q, self.kv, self.film_e, self.film_x, self.gathered, at.tile_start, at.rows,
+            at.block_tile, p.w_mul, p.w_add, p.score_bias, p.w_e_out, p.e_out_vec, *net,
         )  # fmt: skip
-        self._ffn(p, last)
+        if last or not fp8:
+            self._ffn(p, last, E1)
         if last:
             self._node("node_out", self.gathered, self.X, self.logits_x, p.node, p.node_vec)
             return
@@ -186,25 +197,23 @@ class Denoiser:
         )  # fmt: skip
         self._node("node_mid", self.gathered, self.X, self.q, self.kv, p.node, p.node_vec)
 
-    def _ffn(self, p: Layer, last: bool) -> None:
+    def _ffn(self, p: Layer, last: bool, E1: Tensor) -> None:
         tiles, n, sms = self.layout.m_tiles, self.network, self.launcher.multiprocessors
         blocks = -(-tiles // 8)
         args: tuple[Tensor | int | None, ...]
-        if n.fp8 and last:
-            args = (self.E1, p.ffn1, p.ffn_vec, tiles, self.logits_e)
+        if n.fp8:
+            args = (E1, p.ffn1, p.ffn_vec, tiles, self.logits_e)
             self._run("edge_ffn_f8", "edge_ffn_out", min(blocks, 2 * sms), 256, 40064, *args)
-        elif n.fp8:
-            self._run("edge_ffn_f8", "edge_ffn", min(blocks, 2 * sms), 256, 18560, self.E1, self.E, p.ffn1, p.ffn_vec, tiles)
         elif n.hopper and last:
-            args = (self.E1, p.ffn1, p.ffn_vec, tiles, self.logits_e)
+            args = (E1, p.ffn1, p.ffn_vec, tiles, self.logits_e)
             self._run("edge_ffn_wg", "edge_ffn_out", min(blocks, 2 * sms), 256, 55296, *args)
         elif n.hopper:
-            self._run("edge_ffn_wg", "edge_ffn", min(blocks, 2 * sms), 256, 34304, self.E1, self.E, p.ffn1, p.ffn_vec, tiles)
+            self._run("edge_ffn_wg", "edge_ffn", min(blocks, 2 * sms), 256, 34304, E1, self.E, p.ffn1, p.ffn_vec, tiles)
         elif last:
-            args = (self.E1, p.ffn1, p.ffn2, p.ffn_vec, tiles, n.edge_out1, n.edge_out2, self.logits_e)
+            args = (E1, p.ffn1, p.ffn2, p.ffn_vec, tiles, n.edge_out1, n.edge_out2, self.logits_e)
             self._run("edge_ffn", "edge_ffn_out", min(blocks, 3 * sms), 128, 52 * 1024 + 456 * 4, *args)
         else:
-            args = (self.E1, self.E, p.ffn1, p.ffn2, p.ffn_vec, tiles)
+            args = (E1, self.E, p.ffn1, p.ffn2, p.ffn_vec, tiles)
             self._run("edge_ffn", "edge_ffn", min(blocks, 3 * sms), 128, 32 * 1024 + 320 * 4, *args)
 
     def forward(self) -> None:

@@ -51,19 +51,12 @@ class Shape:
         return 12 + self.molecular
 
     @property
-    def near_rows(self) -> int:
-        """Rows whose keys edge_f8 keeps in shared memory for a query tile of 16 rows; 0 where they don't fit."""
-        most = 16 + 2 * (self.n_pad - 1)
-        return 32 if most <= 32 else 0
-
-    @property
     def defines(self) -> dict[str, dict[str, int]]:
         """Macros of the sources that depend on the shape."""
         in_ks = {"IN_KS": -(-self.channels_x // 16)}
         sources = ("features", "node", "node_wg", "node_wg_s8", "node_f8")
         y = {"DY": self.dy, "HIDDEN_Y": self.hidden_y}
-        near = {"KV_ROWS": self.near_rows}
-        return {**dict.fromkeys(sources, in_ks), "graph_path": y, "graph_path_f8": y, "edge_f8": near}
+        return {**dict.fromkeys(sources, in_ks), "graph_path": y, "graph_path_f8": y}
 
 
 def supports(weights: Mapping[str, Tensor], shape: Shape) -> tuple[bool, str]:

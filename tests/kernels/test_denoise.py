@@ -122,7 +122,7 @@ def test_pooled_rows_are_those_of_the_graph_wherever_it_lies(n_pad: int) -> None
         rows = at.tile_of.long()[:, None] * 16 + torch.arange(16)
         batch.E.copy_(to_tiles(e[pick][graph[rows], i[rows], j[:, None]].view(-1, 64)))
         batch.z.fill_(float("nan"))
-        batch.pool(replace(batch.network.layers[0], pad=pad))
+        batch.pool(replace(batch.network.layers[0], pad=pad), batch.E)
         return from_tiles(batch.z)[: len(pick)].float()
 
     together = pooled(list(range(40)))

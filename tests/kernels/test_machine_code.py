@@ -37,7 +37,7 @@ HOPPER = {
     "node_wg": ("node_in", "node_mid", "node_out"),
     "node_wg_s8": ("node_in", "node_mid", "node_out"),
     "edge_f8": ("edge_attend",),
-    "edge_ffn_f8": ("edge_ffn", "edge_ffn_out"),
+    "edge_ffn_f8": ("edge_ffn_out",),
     "node_f8": ("node_in", "node_mid", "node_out"),
     "graph_path_f8": ("pool", "graph_in", "graph_mid"),
 }
@@ -46,7 +46,7 @@ CASES = [(source, arch, 64) for source in KERNELS for arch in SHARED_BYTES]
 CASES += [(source, arch, 128) for source in ("graph_path", "features") for arch in SHARED_BYTES]
 CASES += [(source, "90a", 64) for source in HOPPER] + [("graph_path_f8", "90a", 128)]
 WARPGROUP_PRODUCTS = {"edge_wg": ("HGMMA", 16), "edge_ffn_wg": ("HGMMA", 12), "node_wg": ("HGMMA", 65), "node_wg_s8": ("IGMMA", 24)}
-WARPGROUP_PRODUCTS |= {"edge_f8": ("QGMMA", 8), "edge_ffn_f8": ("QGMMA", 8), "node_f8": ("QGMMA", 24), "graph_path_f8": ("HMMA.16816.F32", 0)}
+WARPGROUP_PRODUCTS |= {"edge_f8": ("QGMMA", 16), "edge_ffn_f8": ("QGMMA", 8), "node_f8": ("QGMMA", 24), "graph_path_f8": ("HMMA.16816.F32", 0)}
 PRODUCTS = {"edge_attend": 32, "edge_ffn": 32, "edge_ffn_out": 48, "node_in": 64, "node_mid": 64, "node_out": 64, "graph_mid": 32}
 
 
