@@ -98,11 +98,11 @@ def pareto(
         if level is not None:
             axes.axhline(level[1], color="#000000", linewidth=1, linestyle=(0, (1, 2)), zorder=1)
             axes.text(
-                0.995,
+                0.005,
                 level[1],
                 level[0],
                 transform=axes.get_yaxis_transform(),
-                ha="right",
+                ha="left",
                 va="bottom",
                 fontsize=7.5,
             )
