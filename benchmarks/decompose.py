@@ -12,15 +12,16 @@ The solvers are timed too, without any rounding. Examples:
 """
 
 import argparse
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -222,8 +223,12 @@ def on_cpu(
     return rows
 
 
-def on_gpu(names: list[str], compared: list[str], runs: int, enough_s: float) -> list[dict[str, Any]]:
+def on_gpu(
+    names: list[str], compared: list[str], runs: int, enough_s: float
+) -> Iterator[list[dict[str, Any]]]:
+    """Give the rows of one recipe after the other: what was measured survives what comes later."""
     stats, rows = seen_inputs(names, "cuda")
+    yield rows
     here(get_recipe("bitdgdm-w4a4-r16-s1"), {}, "cuda")  # start and warm up
     for name in names:
         recipe = get_recipe(name)
@@ -233,13 +238,15 @@ def on_gpu(names: list[str], compared: list[str], runs: int, enough_s: float) ->
             took, found = timed(lambda r=recipe: here(r, stats[r.calibration], "cuda"))
             seconds.append(took)
         case = f"{name}, {len(found)} Linears, one GPU"
-        rows.append(row(QUESTION, case, "wall time", seconds, "s", baseline=PUBLISHED))
         peak = torch.cuda.max_memory_allocated() / 1e9
-        rows.append(row(QUESTION, case, "peak memory", peak, "GB", baseline=PUBLISHED))
-        rows += quality_rows(name, found)
+        rows = [
+            row(QUESTION, case, "wall time", seconds, "s", baseline=PUBLISHED),
+            row(QUESTION, case, "peak memory", peak, "GB", baseline=PUBLISHED),
+            *quality_rows(name, found),
+        ]
         if name in compared:
             rows += equality_rows(name, found, here(recipe, stats[recipe.calibration], "cpu"))
-    return rows
+        yield rows
 
 
 def main() -> None:
@@ -268,21 +275,23 @@ def main() -> None:
     if a.alone:
         one_thread()
         here(get_recipe(a.alone), {}, "cpu")
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+        # not ru_maxrss, which a process inherits from the one that started it
+        status = Path("/proc/self/status").read_text()
+        print(int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 1e6)
         return
     if a.device == "cpu" and torch.cuda.is_available():
         parser.error("rows would carry the name of the GPU; hide it: CUDA_VISIBLE_DEVICES= python ...")
     if a.device == "cuda":
-        rows = on_gpu(a.recipes, a.compare, a.runs, a.enough)
+        parts = on_gpu(a.recipes, a.compare, a.runs, a.enough)
     else:
-        rows = on_cpu(a.recipes, a.memory, a.workers, a.runs, a.enough)
+        parts = iter([on_cpu(a.recipes, a.memory, a.workers, a.runs, a.enough)])
+    for rows in parts:
+        keep(QUESTION, [r for r in rows if not (a.busy and r["metric"] == "wall time")])
     if not a.no_solvers:
         if a.device == "cpu":
             one_thread()
-        rows += solver_rows(a.device, a.runs, a.enough)
-    if a.busy:
-        rows = [r for r in rows if r["metric"] != "wall time"]
-    print(keep(QUESTION, rows))
+        rows = solver_rows(a.device, a.runs, a.enough)
+        keep(QUESTION, [r for r in rows if not (a.busy and r["metric"] == "wall time")])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Run: make results, or: python benchmarks/results.py [--check]
 
 A table stands between `<!-- results QUESTION: METRIC as TITLE; ... -->` and `<!-- /results -->`: one line a case and
 hardware, one column a metric. `<!-- results all -->` gives every row of every file but the scoreboard's, with what it
-was measured on; `scoreboard`, `scoreboard ranks`, `scoreboard ablations` and `scoreboard pictures` give that one's.
+was measured on; `scoreboard`, and with `brief`, `ranks`, `ablations` or `pictures` behind it, give that one's.
 Pictures go to docs/pictures. --check changes nothing and fails if a table is not what the files give.
 """
 
@@ -31,6 +31,7 @@ PICTURES = ROOT / "docs" / "pictures"
 Row = dict[str, Any]
 _SCOREBOARD: dict[str, Callable[[Sequence[Row]], str]] = {
     "scoreboard": scoreboard_page.section,
+    "scoreboard brief": scoreboard_page.brief,
     "scoreboard ranks": scoreboard_page.ranks,
     "scoreboard ablations": scoreboard_page.ablations,
     "scoreboard pictures": lambda rows: scoreboard_page.gallery(rows, PICTURES),

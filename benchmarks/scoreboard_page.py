@@ -68,12 +68,22 @@ def section(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _table(board: dict[str, Metrics]) -> str:
-    titles = (
-        (BITS, "bits a weight"), (KL, "KL, 1e-4"), ("weight error, median", "weight error"), ("quantize", "quantize"),
-        ("validity", "valid"), ("uniqueness (distinct of valid)", "unique"), ("novelty (of distinct)", "novel"), ("FCD", "FCD"),
-        ("scaffold similarity", "scaffolds"), ("molecules/s, ids to graphs", "molecules/s"),
-    )  # fmt: skip
+def brief(rows: Sequence[Row]) -> str:
+    """Return the table of what was sampled on the hardware with most samples, without what few look for."""
+    sampled = {name: of for name, of in _best(rows).items() if "validity" in of}
+    left_out = ("weight error, median", "quantize", "novelty (of distinct)", "scaffold similarity")
+    return _table(sampled, left_out) if sampled else "_No samples yet._\n"
+
+
+_TITLES = (
+    (BITS, "bits a weight"), (KL, "KL, 1e-4"), ("weight error, median", "weight error"), ("quantize", "quantize"),
+    ("validity", "valid"), ("uniqueness (distinct of valid)", "unique"), ("novelty (of distinct)", "novel"), ("FCD", "FCD"),
+    ("scaffold similarity", "scaffolds"), ("molecules/s, ids to graphs", "molecules/s"),
+)  # fmt: skip
+
+
+def _table(board: dict[str, Metrics], left_out: Sequence[str] = ()) -> str:
+    titles = [(m, t) for m, t in _TITLES if m not in left_out]
     there = [(m, t) for m, t in titles if any(m in of for of in board.values())]
     lines = [["recipe", *(t for _, t in there)]]
     for name, of in sorted(

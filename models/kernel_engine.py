@@ -4,7 +4,8 @@ Guarantees: a graph's bytes are a function of (network, seed, id, times), whatev
 doesn't fit into the device's free memory is cut, so that any count runs; a network whose recipe the kernels don't know is refused with the reason.
 Of an 8-bit integer recipe (absmax, one scale a row) the products of nodes run on integers, exactly as QuantLinear rounds
 them; the products of edges and of y run in bf16 on the dequantized weights, so their inputs aren't rounded to 8 bit. A
-recipe of 8-bit floats (e4m3 weights with a scale a row, inputs cast with scale one) is computed as it says, every Linear.
+recipe whose inputs are cast to e4m3 with scale one, weights in e4m3 or in integers of few bits with a scale a row, is
+computed as it says, every Linear.
 Knows nothing of: how a kernel works, files, campaigns. Errors of the kernels' floor become this project's here.
 """
 
@@ -36,7 +37,11 @@ log = logging.getLogger("bitdgdm.engine")
 LEAST_SHARED = 101376  # of a block on sm_86 and sm_89; newer PyTorch says what it is here
 HOPPER = (9, 0)
 INT8, FP8 = Recipe("", 8, 8), Recipe("", 8, 8, weight_format="fp8", act_format="fp8", act_scale="one")
-NOT_RUN = {"name": "", "summary": "", "source": "", "cost": "", "version": 1}
+KNOWN = ("gptq-fp8-one-w4a8", "fp8-one-w8a8", "rtn-w8a8")
+MOST_BITS = 4  # of integers that e4m3 all holds
+# what a network's codes don't show: how they were chosen
+NOT_RUN = {"weight_clip": "absmax", "rounding": "nearest", "calibration": "none"}
+NOT_RUN |= {"name": "", "summary": "", "source": "", "cost": "", "version": 1}
 
 
 def kernel_shape(config: DigressConfig) -> Shape:
@@ -67,15 +72,21 @@ def _rounded(network: nn.Module) -> dict[str, QuantLinear]:
 
 
 def _is_fp8(network: nn.Module) -> bool:
-    return any(m.recipe.weight_format == "fp8" for m in _rounded(network).values())
+    return any(m.recipe.act_format == "fp8" for m in _rounded(network).values())
+
+
+def _run(recipe: Recipe) -> Recipe:
+    """What of a recipe there is to compute: integers that e4m3 holds are 8-bit floats where the inputs are."""
+    small = recipe.weight_format == "int" and recipe.weight_bits <= MOST_BITS and recipe.act_format == "fp8"
+    return recipe.changed(**NOT_RUN, **({"weight_format": "fp8", "weight_bits": 8} if small else {}))
 
 
 def _network_refusal(network: nn.Module, config: DigressConfig) -> str:
     rounded, shape = _rounded(network), kernel_shape(config)
     wanted = FP8 if _is_fp8(network) else INT8
     for module in rounded.values():
-        if module.recipe.changed(**NOT_RUN, weight_clip="absmax", rounding="nearest") != wanted:
-            return f"they don't compute recipe {module.recipe.name}"
+        if _run(module.recipe) != wanted:
+            return f"they don't compute recipe {module.recipe.name} (quantized ones that they do: {', '.join(KNOWN)})"
     ok, reason = supports(_weights(network), shape)
     if not ok or wanted is not FP8:
         return "" if ok else reason
@@ -124,7 +135,7 @@ def _device_refusal(rounded: Mapping[str, QuantLinear], config: DigressConfig) -
     if not ok:
         return reason
     if rounded and found != HOPPER:
-        of = "floats" if any(m.recipe.weight_format == "fp8" for m in rounded.values()) else "integer products"
+        of = "floats" if any(m.recipe.act_format == "fp8" for m in rounded.values()) else "integer products"
         return f"the GPU is sm_{found[0]}{found[1]}, their 8-bit {of} are written for sm_90"
     return ""
 

@@ -77,4 +77,11 @@ OWN = (
         summary="e4m3 weights by gptq, activations cast to e4m3 as they are, saturating at 448",
         source="Frantar et al., GPTQ, ICLR 2023, on the e4m3 grid", cost=f"{SEEN}; nothing beside the fp8 product",
     ),
+    Recipe(
+        "gptq-fp8-one-w4a8", 4, 8, weight_clip="output", act_format="fp8", act_scale="one", rounding="gptq",
+        calibration="uniform",
+        summary="4-bit weights by gptq, which e4m3 holds too, activations cast to e4m3 as they are, saturating at 448",
+        source="Frantar et al., GPTQ, ICLR 2023; scales by the output's error",
+        cost=f"{SEEN}; nothing beside the fp8 product",
+    ),
 )  # fmt: skip

@@ -34,7 +34,7 @@ if torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED, STEPS = 2**63 + 5, 6
-RECIPES = ("rtn-w8a8", "fp8-one-w8a8")
+RECIPES = ("rtn-w8a8", "fp8-one-w8a8", "gptq-fp8-one-w4a8")
 MODELS = ("builtin:digress-qm9", *RECIPES)
 
 
@@ -52,10 +52,11 @@ def open_kernels(model: str) -> KernelEngine:
 
 
 def eight_bit(name: str) -> GraphTransformer:
-    """The shipped network by a recipe."""
+    """The shipped network by a recipe, but for the inputs that gptq would see."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("8-bit products are written for sm_90")
     network, recipe = build(QM9, load_source("builtin:digress-qm9").weights), get_recipe(name)
+    recipe = recipe.changed(rounding="nearest", weight_clip="absmax", calibration="none")
     for name in quantizable(QM9):
         linear = network.get_submodule(name)
         owner, _, attribute = name.rpartition(".")

@@ -222,18 +222,24 @@ def test_a_recipe_a_width_and_a_gpu_that_the_kernels_cannot_serve_are_refused_by
         KernelEngine(GraphTransformer(narrow), narrow)
 
 
-def in_8_bit_floats(net: GraphTransformer, names: tuple[str, ...]) -> GraphTransformer:
-    recipe = get_recipe("fp8-one-w8a8")
+IN_8_BIT_FLOATS = ("fp8-one-w8a8", "gptq-fp8-one-w4a8")
+
+
+def in_8_bit_floats(net: GraphTransformer, names: tuple[str, ...], recipe_name: str) -> GraphTransformer:
+    """By a recipe, but for the inputs that gptq would see: its codes are chosen without."""
+    recipe = get_recipe(recipe_name)
+    unseen = recipe.changed(rounding="nearest", weight_clip="absmax", calibration="none")
     for name in names:
         owner, _, attribute = name.rpartition(".")
         linear = net.get_submodule(name)
-        layer = QuantLinear.from_parts(decompose(linear.weight, recipe)[0], linear.bias, recipe)
+        layer = QuantLinear.from_parts(decompose(linear.weight, unseen)[0], linear.bias, recipe)
         setattr(net.get_submodule(owner), attribute, layer)
     return net
 
 
+@pytest.mark.parametrize("recipe", IN_8_BIT_FLOATS)
 def test_a_recipe_of_8_bit_floats_is_computed_as_it_says_in_every_linear_or_refused(
-    monkeypatch: pytest.MonkeyPatch,
+    recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = SimpleNamespace(shared_memory_per_block_optin=232448)
     monkeypatch.setattr(kernel_engine, "missing", lambda: "")
@@ -241,9 +247,9 @@ def test_a_recipe_of_8_bit_floats_is_computed_as_it_says_in_every_linear_or_refu
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     names = quantizable(SMALL)
-    whole = in_8_bit_floats(network(), names)
+    whole = in_8_bit_floats(network(), names, recipe)
     assert refusal(whole, SMALL) == "" and shortfall(whole) == ""
-    assert names[5] in refusal(in_8_bit_floats(network(), (*names[:5], *names[6:])), SMALL)
+    assert names[5] in refusal(in_8_bit_floats(network(), (*names[:5], *names[6:]), recipe), SMALL)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     assert "8-bit floats are written for sm_90" in refusal(whole, SMALL)
     whole.tf_layers[0].normE2.weight.fill_(1e6)
@@ -251,9 +257,26 @@ def test_a_recipe_of_8_bit_floats_is_computed_as_it_says_in_every_linear_or_refu
     assert "tf_layers.1.self_attn.e_" in refusal(whole, SMALL)
 
 
+def test_integers_that_8_bit_floats_do_not_hold_are_refused(fake_gpu: pytest.MonkeyPatch) -> None:
+    names, recipe = quantizable(SMALL), get_recipe("gptq-fp8-one-w4a8")
+    for bits, refused in ((4, False), (6, True)):
+        wide = recipe.changed(weight_bits=bits, rounding="nearest", weight_clip="absmax", calibration="none")
+        net = network()
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            linear = net.get_submodule(name)
+            layer = QuantLinear.from_parts(decompose(linear.weight, wide)[0], linear.bias, wide)
+            setattr(net.get_submodule(owner), attribute, layer)
+            assert layer.codes is not None
+            held = torch.equal(layer.codes.to(torch.float8_e4m3fn).float(), layer.codes)
+            assert held or refused
+        assert bool(refusal(net, SMALL)) == refused
+
+
 @EMULATED
-def test_an_engine_of_8_bit_floats_gives_the_logits_of_quant_linear() -> None:
-    net = in_8_bit_floats(network(), quantizable(SMALL))
+@pytest.mark.parametrize("recipe", IN_8_BIT_FLOATS)
+def test_an_engine_of_8_bit_floats_gives_the_logits_of_quant_linear(recipe: str) -> None:
+    net = in_8_bit_floats(network(), quantizable(SMALL), recipe)
     ours = KernelEngine(net, SMALL, "fp8", Emulator(kernel_shape(SMALL).defines))
     mask = torch.arange(9) < torch.tensor([[9], [4]])
     torch.manual_seed(1)

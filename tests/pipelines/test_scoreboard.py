@@ -52,6 +52,23 @@ def lines(table: str) -> list[list[str]]:
     ]
 
 
+def test_the_brief_table_has_what_was_sampled_and_no_other_line() -> None:
+    known = [row("gptq-w3a8", BITS, 3.1, "bit"), row("gptq-w3a8", KL, 9.0, "1e-4")]
+    head, _, *body = lines(scoreboard_page.brief([*known, *board_of()]))
+    assert "weight error" not in head and head[-1] == "molecules/s"
+    assert [line[0] for line in body] == ["`rtn-w4a4`", "`bitdgdm-w4a4-r16-s1`", "`rtn-w8a8`", "full-precision"]
+
+
+def test_a_study_takes_size_and_kl_but_no_rate_from_a_machine_without_samples() -> None:
+    name = "bitdgdm-w4a4-r8-s1"
+    others = [row(name, BITS, 5.25, "bit", "a CPU"), row(name, KL, 8.13, "1e-4", "a CPU")]
+    others += [row("rtn-w8a8", KL, 77.0, "1e-4", "a CPU")]
+    page = scoreboard_page.ranks([*others, *board_of()])
+    line = next(line for line in lines(page) if f"`{name}`" in line)
+    assert line[6:8] == ["5.25", "8.13"] and line[9] == ""
+    assert "77" not in scoreboard_page.brief([*others, *board_of()])
+
+
 def test_the_table_is_sorted_by_stored_bits_and_joins_samples_with_the_rest() -> None:
     head, _, *body = lines(scoreboard_page.section(board_of()))
     assert [line[0] for line in body] == [
