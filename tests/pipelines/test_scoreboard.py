@@ -16,9 +16,10 @@ from bitdgdm.pipelines.measure import BITS, KL
 from bitdgdm.quant.recipe_book import get_recipe, recipes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import scoreboard
+import scoreboard_board
 import scoreboard_merge
 import scoreboard_page
+import scoreboard_samples
 
 
 def row(case: str, metric: str, value: float, unit: str = "", hardware: str = "a GPU", **more: Any) -> dict:
@@ -124,22 +125,22 @@ def test_a_recipe_is_measured_again_if_it_or_the_code_changed_and_when_asked_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = get_recipe("rtn-w4a4")
-    rows = [row(recipe.name, KL, 33.0), row(recipe.name, scoreboard.MARK, 1, spread=scoreboard._mark(recipe))]
-    has = scoreboard.Board.has
+    rows = [row(recipe.name, KL, 33.0), row(recipe.name, scoreboard_board.MARK, 1, spread=scoreboard_board.mark_of(recipe))]
+    has = scoreboard_board.Board.has
     assert has(a_board(rows), recipe, KL, recipe.name)
     assert not has(a_board(rows, again=True), recipe, KL, recipe.name)
     assert not has(a_board(rows[:1]), recipe, KL, recipe.name)
     assert not has(a_board([]), recipe, KL, recipe.name)
-    changed = [rows[0], {**rows[1], "spread": scoreboard._mark(get_recipe("rtn-w8a8"))}]
+    changed = [rows[0], {**rows[1], "spread": scoreboard_board.mark_of(get_recipe("rtn-w8a8"))}]
     assert not has(a_board(changed), recipe, KL, recipe.name)
-    monkeypatch.setattr(scoreboard, "code_version", lambda: "another")
+    monkeypatch.setattr(scoreboard_board, "code_version", lambda: "another")
     assert not has(a_board(rows), recipe, KL, recipe.name)
 
 
 def test_a_broken_recipe_is_told_and_costs_no_other(capsys: pytest.CaptureFixture[str]) -> None:
     failed: list[str] = []
     for name in ("good", "bad", "late"):
-        with scoreboard.told(name, failed):
+        with scoreboard_board.told(name, failed):
             if name == "bad":
                 raise RuntimeError("broken recipe")
     assert failed == ["bad"] and "broken recipe" in capsys.readouterr().err
@@ -156,10 +157,10 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch: pytest.M
             raise torch.OutOfMemoryError("full")
         return "graphs"
 
-    monkeypatch.setattr(scoreboard, "sample_ids", sample)
+    monkeypatch.setattr(scoreboard_samples, "sample_ids", sample)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     board = SimpleNamespace(samples=1000, seed=1, steps=5)
-    assert scoreboard.draw(SimpleNamespace(config=None), board, "x")[0] == "graphs"  # type: ignore[arg-type]
+    assert scoreboard_samples.draw(SimpleNamespace(config=None), board, "x")[0] == "graphs"  # type: ignore[arg-type]
     assert tried == [1000, 500, 250]
 
 
