@@ -148,19 +148,21 @@ DEV uint4 byte_tile_relu(const float (&a)[4], const float (&b)[4], const float (
 template <int NT>
 DEV void half_norm(u32 (&h)[NT][2], const uint2* vec, int lane) {
   const float scale = 1.0f / (8 * NT);
-  float sum[2] = {0, 0}, sq[2] = {0, 0};
+  // Sums by tensor cores: rows times ones; of squares the diagonal of rows times rows, 0 to 7 and 8 to 15. A row sees itself.
+  float sum[4] = {0, 0, 0, 0}, near[4] = {0, 0, 0, 0}, far[4] = {0, 0, 0, 0};
 #pragma unroll
-  for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-    for (int hi = 0; hi < 2; hi++) {
-      const float a = half_low(h[nt][hi]), b = half_high(h[nt][hi]);
-      sum[hi] += a + b, sq[hi] = fmaf(a, a, fmaf(b, b, sq[hi]));
-    }
+  for (int ks = 0; ks < NT / 2; ks++) {
+    const uint4 a = make_uint4(h[2 * ks][0], h[2 * ks][1], h[2 * ks + 1][0], h[2 * ks + 1][1]);
+    mma_half(sum, a, 0x3c003c00u, 0x3c003c00u);
+    mma_half(near, a, a.x, a.z), mma_half(far, a, a.y, a.w);
+  }
+  const int r = lane >> 2, holder = (lane & 28) | r >> 1;  // of column r of row r and of row r + 8
+  const float sq[2] = {lane_from(r & 1 ? near[1] : near[0], holder), lane_from(r & 1 ? far[3] : far[2], holder)};
   u32 inverse[2], shift[2];
 #pragma unroll
   for (int hi = 0; hi < 2; hi++) {
-    const float mean = quad_sum(sum[hi]) * scale;
-    const float inv = rsqrtf(fmaxf(quad_sum(sq[hi]) * scale - mean * mean, 0.0f) + 1e-5f);
+    const float mean = sum[2 * hi] * scale;
+    const float inv = rsqrtf(fmaxf(sq[hi] * scale - mean * mean, 0.0f) + 1e-5f);
     inverse[hi] = halves(inv, inv), shift[hi] = halves(-mean * inv, -mean * inv);
   }
 #pragma unroll

@@ -97,6 +97,7 @@ DEV void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }  // fo
 
 DEV uint4 load16(const void* p) { return __ldg((const uint4*)p); }
 DEV float lane_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEV float lane_from(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 DEV double lane_from(double v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 DEV u32 warp_ballot(bool b) { return __ballot_sync(0xffffffffu, b); }
 DEV bool warp_any(bool b) { return __any_sync(0xffffffffu, b); }

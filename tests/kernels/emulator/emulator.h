@@ -162,6 +162,12 @@ DEV float lane_xor(float v, int mask) {
     for (int lane = 0; lane < 32; lane++) w.out[lane][0] = w.in[lane ^ w.in[lane][1]][0];
   }));
 }
+DEV float lane_from(float v, int lane) {
+  u32 in[2] = {as_bits(v), (u32)lane};
+  return as_float(emu::meet(in, 2, [](emu::Warp& w) {
+    for (int lane = 0; lane < 32; lane++) w.out[lane][0] = w.in[w.in[lane][1] & 31][0];
+  })[0]);
+}
 DEV double lane_from(double v, int lane) {
   u32 in[3];
   memcpy(in, &v, 8), in[2] = lane;
