@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,10 @@ INT8, FP8 = Recipe("", 8, 8), Recipe("", 8, 8, weight_format="fp8", act_format="
 KNOWN = ("gptq-fp8-one-w4a8", "fp8-one-w8a8", "rtn-w8a8")
 MOST_BITS = 4  # of integers that e4m3 all holds
 # what a network's codes don't show: how they were chosen
-NOT_RUN = {"weight_clip": "absmax", "rounding": "nearest", "calibration": "none"}
-NOT_RUN |= {"name": "", "summary": "", "source": "", "cost": "", "version": 1}
+NOT_RUN: dict[str, Any] = {
+    "name": "", "summary": "", "source": "", "cost": "", "version": 1,
+    "weight_clip": "absmax", "rounding": "nearest", "calibration": "none",
+}  # fmt: skip
 
 
 def kernel_shape(config: DigressConfig) -> Shape:
