@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain as joined
 from pathlib import Path
 from statistics import median
@@ -28,31 +28,25 @@ from typing import Any
 import torch
 from campaign import wilson
 from decode_pool import DecodePool, Smiles
+from engine_cases import OURS, moses_config, network_bf16, our_engines
 from roofline import Point, draw_roofline, time_kernels
 from rows import RESULTS, keep, row
 from torch import nn
 from torch_chain import TorchChain, captured, seconds_a_step
 
-from bitdgdm.infra.errors import KernelsUnavailable
 from bitdgdm.kernels.step_graph import step as kernel_step
 from bitdgdm.kernels.step_graph import warm_up
-from bitdgdm.models.checkpoint_config import known_datasets
-from bitdgdm.models.digress import GraphTransformer, build, quantizable
-from bitdgdm.models.digress_config import QM9_NO_H, DigressConfig, Dims, HiddenDims
+from bitdgdm.models.digress import GraphTransformer
+from bitdgdm.models.digress_config import QM9_NO_H
 from bitdgdm.models.kernel_engine import KernelEngine
 from bitdgdm.models.sampler import sample_batches, sample_ids, start_chain
-from bitdgdm.models.source import load_source
-from bitdgdm.quant.decompose import decompose
-from bitdgdm.quant.linear import QuantLinear
-from bitdgdm.quant.recipe_book import get_recipe
 
-QUESTION, MODEL, SEED = "engine", "builtin:digress-qm9", 20261123
+QUESTION, SEED = "engine", 20261123
 BATCH, T = 8192, 500
 LONG = 8.0  # seconds after which a long run is not repeated any more
 EAGER = "PyTorch eager bf16, our features kernel"
 COMPILED = "torch.compile bf16 + CUDA graph, our features kernel"
 OWN_FEATURES = "PyTorch eager bf16, its own features"
-OURS = "our kernels bf16"
 PARTS = ("speed", "end", "best", "latency", "moses")
 BEGAN = time.monotonic()
 
@@ -75,41 +69,6 @@ class Bench:
 
 def say(text: str) -> None:
     print(f"[{time.monotonic() - BEGAN:6.1f} s] {text}", flush=True)
-
-
-def our_engines(recipes: Sequence[str]) -> dict[str, KernelEngine]:
-    """bf16, and those of `recipes` that the kernels take."""
-    source = load_source(MODEL)
-    found = {OURS: KernelEngine(build(source.config, source.weights), source.config, MODEL)}
-    for recipe in recipes:
-        try:
-            found[f"our kernels {recipe}"] = KernelEngine(quantized(recipe), source.config, f"{MODEL} {recipe}")
-        except KernelsUnavailable as refused:
-            say(f"{recipe}: {refused}")
-    return found
-
-
-def quantized(name: str) -> nn.Module:
-    """The shipped network by a recipe, as `bitdgdm quantize` and loading the artifact would give it."""
-    source, recipe = load_source(MODEL), get_recipe(name)
-    network = build(source.config, source.weights)
-    for layer in quantizable(source.config):
-        linear = network.get_submodule(layer)
-        parts = decompose(linear.weight, recipe)[0]
-        owner, _, attribute = layer.rpartition(".")
-        setattr(network.get_submodule(owner), attribute, QuantLinear.from_parts(parts, linear.bias, recipe))
-    return network
-
-
-def moses_config() -> DigressConfig:
-    """The published dims of DiGress for MOSES."""
-    stats = {k: tuple(v) if isinstance(v, list) else v for k, v in known_datasets()["moses"].items()}
-    for name in ("node_marginals", "edge_marginals", "n_nodes"):
-        stats[name] = tuple(v / sum(stats[name]) for v in stats[name])
-    return replace(
-        QM9_NO_H, n_layers=12, n_pad=len(stats["n_nodes"]) - 1, input_dims=Dims(16, 5, 13), hidden_mlp_dims=Dims(256, 128, 256),
-        hidden_dims=HiddenDims(256, 64, 128, 8, 256, 128), output_dims=Dims(8, 5, 0), **stats,
-    )  # fmt: skip
 
 
 def our_step(engine: KernelEngine, size: int, steps: int, runs: int) -> list[float]:
@@ -153,11 +112,6 @@ def peak_memory(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def network_bf16() -> nn.Module:
-    source = load_source(MODEL)
-    return build(source.config, source.weights).to("cuda", torch.bfloat16)
 
 
 def agreement(engine: KernelEngine, network: nn.Module, size: int, steps: int) -> float:
@@ -372,7 +326,7 @@ def main() -> None:
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     p.add_argument("--runs", type=int, default=5)
     p.add_argument("--steps", type=int, nargs="+", default=[15, 25, 35, 50, 100, 250], help="numbers of steps to scan")
-    p.add_argument("--recipes", nargs="*", default=["fp8-one-w8a8"], help="quantized engines beside bf16")
+    p.add_argument("--recipes", nargs="*", default=["fp8-one-w8a8", "gptq-fp8-one-w4a8"], help="quantized engines beside bf16")
     p.add_argument("--ids", type=int, default=100_000, help="molecules at the best number of steps")
     p.add_argument("--every", action="store_true", help="scan the number of steps for the quantized engines too")
     p.add_argument("--compile-moses", action="store_true", help="torch.compile for MOSES dims too (a minute)")
@@ -380,7 +334,7 @@ def main() -> None:
     a = p.parse_args()
     a.results.mkdir(parents=True, exist_ok=True)
     pool = DecodePool(QM9_NO_H)
-    engines = our_engines(a.recipes)
+    engines = our_engines(a.recipes, say)
     for engine in engines.values():  # build and load every kernel
         sample_ids(engine, engine.config, SEED, 0, 64, 2, 64)
     pool.warm_up()
