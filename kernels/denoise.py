@@ -6,6 +6,7 @@ device memory.
 Knows nothing of: molecules, files, noise schedules (it gets times and tables), how a kernel is built.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -94,15 +95,20 @@ class Denoiser:
         self.seed = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], dtype=torch.int64).to(torch.uint32).to(device)
         self.step = torch.zeros(1, dtype=torch.int32, device=device)
         self.not_finite = torch.zeros(1, dtype=torch.int32, device=device)
-        self.rows_in, self.graphs_in = bf16(at.tiles, in_ks, 32, 8), bf16(tiles16, 1, 32, 8)
+        self.graphs_in = bf16(tiles16, 1, 32, 8)
         self.X, self.q = (rows16(at.tiles, 16, 32, 8) for _ in range(2))
         self.gathered = rows16(at.tiles, 8 if network.fp8 else 16, 32, 8)  # e4m3: two a place of 16 bits
         self.kv = rows16(at.tiles * 16 + s.n_pad, 512)  # edge_attend reads up to n_pad rows beyond the last, as zeros
         self.E, self.E1 = rows16(at.m_tiles, 4, 32, 8), rows16(at.m_tiles, 4, 32, 8)
-        self.y, self.z = rows16(tiles16, s.dy // 16, 32, 8), rows16(tiles16, 80, 32, 8)
+        self.y = rows16(tiles16, s.dy // 16, 32, 8)
         self.film_e, self.film_x = rows16(tiles16 * 16, 512), rows16(tiles16 * 16, 512)
-        self.logits_x = torch.zeros(at.tiles, 16, 16, device=device)
-        self.logits_e = torch.zeros(at.m_tiles, 16, 8, device=device)
+        # In the place of what nobody reads while they are needed: E1 holds nothing before the first layer, keys and values
+        # nothing between edge_attend and node_mid, queries and what edge_attend has read of E nothing at the end.
+        last_E = self.E1 if network.fp8 and s.layers % 2 == 0 else self.E
+        self.rows_in = _within(self.E1, torch.bfloat16, at.tiles, in_ks, 32, 8)
+        self.z = _within(self.kv[: at.tiles * 16], self.kv.dtype, tiles16, 80, 32, 8)
+        self.logits_x = _within(self.q, torch.float32, at.tiles, 16, 16)
+        self.logits_e = _within(last_E, torch.float32, at.m_tiles, 16, 8)
 
     def _run(self, source: str, kernel: str, grid: int, block: int, shared: int, *args: Tensor | int | None) -> None:
         self.launcher.launch(source, kernel, grid, block, shared, args)
@@ -155,7 +161,10 @@ class Denoiser:
             self._run("node", kernel, -(-tiles // each), 256, each * NODE_TILE, *args, tiles)
 
     def pool(self, p: Layer, E: Tensor) -> None:
-        """X, E -> z: mean, least, largest, deviation of every channel over the rows of a graph and its padding."""
+        """X, E -> z: mean, least, largest, deviation of every channel over the rows of a graph and its padding.
+
+        z takes the place of keys and values.
+        """
         at, n_pad = self.layout, self.network.shape.n_pad
         each, warps, tiles, shared = pool_block(n_pad, self.launcher.shared_bytes)
         self._run(
@@ -172,8 +181,6 @@ class Denoiser:
         at, s, p = self.layout, self.network.shape, self.network.layers[i]
         last, fp8 = i == s.layers - 1, self.network.fp8
         E, E1 = (self.E1, self.E) if fp8 and i % 2 else (self.E, self.E1)
-        if not last:
-            self.pool(p, E)
         source, block, shared = "edge_attend", 512, attend_shared(self.attend_steps)
         net: tuple[Tensor | None, ...] = ()
         if fp8:
@@ -186,15 +193,17 @@ class Denoiser:
             E, E1, self.q, self.kv, self.film_e, self.film_x, self.gathered, at.tile_start, at.rows,
             at.block_tile, p.w_mul, p.w_add, p.score_bias, p.w_e_out, p.e_out_vec, *net,
         )  # fmt: skip
-        if last or not fp8:
-            self._ffn(p, last, E1)
         if last:
+            self._ffn(p, last, E1)
             self._node("node_out", self.gathered, self.X, self.logits_x, p.node, p.node_vec)
             return
+        self.pool(p, E)
         self._run(
             self._graph_source, "graph_mid", self._graph_blocks, 256, self._graph_shared,
             self.z, self.y, self.film_e, self.film_x, p.graph, p.graph_vec,
         )  # fmt: skip
+        if not fp8:
+            self._ffn(p, last, E1)
         self._node("node_mid", self.gathered, self.X, self.q, self.kv, p.node, p.node_vec)
 
     def _ffn(self, p: Layer, last: bool, E1: Tensor) -> None:
@@ -254,6 +263,14 @@ class Denoiser:
         out_e = e.new_zeros(at.count, s.n_pad, s.n_pad, s.classes_e)
         out_e[graph, i] = e
         return out_x, (out_e + out_e.transpose(1, 2)) / 2
+
+
+def _within(buffer: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """A tensor in the place of `buffer`, or one of its own where that is too small."""
+    size = math.prod(shape) * dtype.itemsize
+    if size > buffer.nbytes:
+        return torch.zeros(shape, dtype=dtype, device=buffer.device)
+    return buffer.view(-1).view(torch.uint8)[:size].view(dtype).view(shape)
 
 
 def _one_hot(classes: Tensor, k: int) -> Tensor:

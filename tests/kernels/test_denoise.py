@@ -166,6 +166,18 @@ def test_a_graph_does_not_depend_on_its_companions_or_on_the_machine(qm9_case: C
 
 
 @pytest.mark.parametrize("hopper", [False, True])
+def test_buffers_that_share_memory_leave_no_trace(hopper: bool) -> None:
+    case = make_case(QM9_NO_H, [9, 4, 9, 7] * 16)  # as many as take turns in the place of keys and values
+    used, few = batch_of(case, hopper=hopper), batch_of(case, [0, 1, 2], hopper=hopper)
+    assert used.z.data_ptr() == used.kv.data_ptr() and few.z.data_ptr() != few.kv.data_ptr()
+    for buffer in (used.E, used.E1, used.kv[: used.layout.tiles * 16], used.q, used.X):
+        buffer.fill_(7)  # finite, as what an earlier step leaves
+    for batch in (used, few):
+        batch.forward()
+    assert all(torch.equal(a[:3], b) for a, b in zip(used.logits(), few.logits(), strict=True))
+
+
+@pytest.mark.parametrize("hopper", [False, True])
 def test_scores_beyond_the_range_of_exp_are_gathered_exactly(hopper: bool) -> None:
     case = make_case(QM9_NO_H, [9, 4, 9], scale=4000.0)
     batch = batch_of(case, hopper=hopper)

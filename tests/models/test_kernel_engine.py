@@ -149,7 +149,8 @@ def test_a_batch_that_does_not_fit_runs_in_smaller_ones_with_equal_results(
 def allocated(batch: Denoiser) -> int:
     """Bytes of every tensor of a batch."""
     owners = (vars(batch), vars(batch.layout))
-    return sum({t.data_ptr(): t.nbytes for o in owners for t in o.values() if isinstance(t, torch.Tensor)}.values())
+    stores = (t.untyped_storage() for o in owners for t in o.values() if isinstance(t, torch.Tensor))
+    return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
 
 
 def test_the_memory_of_a_batch_is_at_most_what_is_foretold(engine: KernelEngine) -> None:
