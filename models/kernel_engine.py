@@ -13,7 +13,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +36,10 @@ from bitdgdm.quant.recipe import Recipe
 log = logging.getLogger("bitdgdm.engine")
 LEAST_SHARED = 101376  # of a block on sm_86 and sm_89; newer PyTorch says what it is here
 HOPPER = (9, 0)
-INT8, FP8 = Recipe("", 8, 8), Recipe("", 8, 8, weight_format="fp8", act_format="fp8", act_scale="one")
 KNOWN = ("gptq-fp8-one-w4a8", "fp8-one-w8a8", "rtn-w8a8")
 MOST_BITS = 4  # of integers that e4m3 all holds
-# what a network's codes don't show: how they were chosen
-NOT_RUN: dict[str, Any] = {
-    "name": "", "summary": "", "source": "", "cost": "", "version": 1,
-    "weight_clip": "absmax", "rounding": "nearest", "calibration": "none",
-}  # fmt: skip
+# what a network's codes don't show: a name, and how they were chosen
+NOT_RUN = {"name", "summary", "source", "cost", "version", "weight_clip", "rounding", "calibration"}
 
 
 def kernel_shape(config: DigressConfig) -> Shape:
@@ -78,10 +73,15 @@ def _is_fp8(network: nn.Module) -> bool:
     return any(m.recipe.act_format == "fp8" for m in _rounded(network).values())
 
 
-def _run(recipe: Recipe) -> Recipe:
+def _run(recipe: Recipe) -> dict[str, object]:
     """What of a recipe there is to compute: integers that e4m3 holds are 8-bit floats where the inputs are."""
     small = recipe.weight_format == "int" and recipe.weight_bits <= MOST_BITS and recipe.act_format == "fp8"
-    return recipe.changed(**NOT_RUN, **({"weight_format": "fp8", "weight_bits": 8} if small else {}))
+    as_floats = {"weight_format": "fp8", "weight_bits": 8} if small else {}
+    return {field: value for field, value in vars(recipe).items() if field not in NOT_RUN} | as_floats
+
+
+INT8 = _run(Recipe("", 8, 8))
+FP8 = _run(Recipe("", 8, 8, weight_format="fp8", act_format="fp8", act_scale="one"))
 
 
 def _network_refusal(network: nn.Module, config: DigressConfig) -> str:

@@ -24,7 +24,7 @@ from bitdgdm.models.sampler import Graphs, sample_batches, sample_ids, start_cha
 from bitdgdm.models.seam import LoopEngine
 from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.linear import QuantLinear
-from bitdgdm.quant.recipe_book import get_recipe
+from bitdgdm.quant.recipe_book import get_recipe, recipes
 from tests.kernels.emulate import Emulator
 
 EMULATED = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
@@ -256,6 +256,19 @@ def test_a_recipe_of_8_bit_floats_is_computed_as_it_says_in_every_linear_or_refu
     whole.tf_layers[0].normE2.weight.fill_(1e6)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert "tf_layers.1.self_attn.e_" in refusal(whole, SMALL)
+
+
+def test_every_recipe_of_the_book_is_run_or_refused_by_name(fake_gpu: pytest.MonkeyPatch) -> None:
+    net, name = network(), quantizable(SMALL)[0]
+    owner, _, attribute = name.rpartition(".")
+    linear, plain = net.get_submodule(name), get_recipe("rtn-w8a8")
+    layer = QuantLinear.from_parts(decompose(linear.weight, plain)[0], linear.bias, plain)
+    setattr(net.get_submodule(owner), attribute, layer)
+    assert refusal(net, SMALL) == ""
+    for recipe in (r for r in recipes() if r.act_quantized):
+        layer.recipe = recipe.for_layer(name)
+        reason = refusal(net, SMALL)
+        assert not reason or recipe.name in reason or "8-bit floats in every Linear" in reason
 
 
 def test_integers_that_8_bit_floats_do_not_hold_are_refused(fake_gpu: pytest.MonkeyPatch) -> None:
