@@ -95,6 +95,8 @@ class Denoiser:
         self.seed = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], dtype=torch.int64).to(torch.uint32).to(device)
         self.step = torch.zeros(1, dtype=torch.int32, device=device)
         self.not_finite = torch.zeros(1, dtype=torch.int32, device=device)
+        # of its own: nobody writes the rows behind the last graph's, and what becomes of them must stay finite
+        self.rows_in = bf16(at.tiles, in_ks, 32, 8)
         self.graphs_in = bf16(tiles16, 1, 32, 8)
         self.X, self.q = (rows16(at.tiles, 16, 32, 8) for _ in range(2))
         self.gathered = rows16(at.tiles, 8 if network.fp8 else 16, 32, 8)  # e4m3: two a place of 16 bits
@@ -102,10 +104,9 @@ class Denoiser:
         self.E, self.E1 = rows16(at.m_tiles, 4, 32, 8), rows16(at.m_tiles, 4, 32, 8)
         self.y = rows16(tiles16, s.dy // 16, 32, 8)
         self.film_e, self.film_x = rows16(tiles16 * 16, 512), rows16(tiles16 * 16, 512)
-        # In the place of what nobody reads while they are needed: E1 holds nothing before the first layer, keys and values
-        # nothing between edge_attend and node_mid, queries and what edge_attend has read of E nothing at the end.
+        # In the place of what nobody reads while they are needed: keys and values between edge_attend and node_mid, queries
+        # and what edge_attend has read of E at the end. All of these are written again before they are read.
         last_E = self.E1 if network.fp8 and s.layers % 2 == 0 else self.E
-        self.rows_in = _within(self.E1, torch.bfloat16, at.tiles, in_ks, 32, 8)
         self.z = _within(self.kv[: at.tiles * 16], self.kv.dtype, tiles16, 80, 32, 8)
         self.logits_x = _within(self.q, torch.float32, at.tiles, 16, 16)
         self.logits_e = _within(last_E, torch.float32, at.m_tiles, 16, 8)

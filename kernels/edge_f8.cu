@@ -16,7 +16,7 @@
 // is out of range in spite of that is computed again in float (exact_f8.cuh). Neither depends on other graphs.
 //   keys, values: from L2, a step ahead; a bulk prefetch brings those of the tile after next there. All else that a tile
 //           needs (places, queries, FiLM) is copied to shared memory a tile ahead, by the warp that reads it.
-// Shared memory: Z 4 x 16 KB, weights 32 KB, E 4 x 8 KB, Eq 4 x 8 KB, next tiles 48 KB, vectors 5 KB = 213 KB.
+// Shared memory: Z 4 x 16 KB, weights 32 KB, E 4 x 8 KB, Eq 4 x 8 KB, next tiles 58 KB, vectors 3 KB = 221 KB.
 #include "exact_f8.cuh"
 #include "edge_ffn_rows.cuh"
 

@@ -50,8 +50,8 @@ def supports(shape: Shape, capability: tuple[int, int], shared_bytes: int) -> tu
 
 def bytes_per_graph(shape: Shape) -> int:
     """Device memory that a graph of n_pad nodes adds to a batch, at most: buffers, index tables, the chain's own state."""
-    n = shape.n_pad
-    row = 3 * 512 + 1024 + 16 + 1  # X, q, gathered; keys and values; index; class
+    n, in_ks = shape.n_pad, -(-shape.channels_x // 16)
+    row = 3 * 512 + 1024 + 32 * in_ks + 16 + 1  # X, q, gathered; keys and values; input; index; class
     pair = 2 * 128 + 1 + 1  # E and E1; index; class
     graph = 32 + 2 * shape.dy + 2048 + 48  # input of y, y, FiLM, sizes and id
     graph += max(0, 2560 - 1024 * n)  # pooled rows, where they don't fit in the place of keys and values

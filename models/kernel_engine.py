@@ -32,12 +32,11 @@ from bitdgdm.models.digress_config import DigressConfig
 from bitdgdm.models.seam import Chain
 from bitdgdm.quant.linear import QuantLinear
 from bitdgdm.quant.recipe import Recipe
+from bitdgdm.quant.recipe_book import recipes
 
 log = logging.getLogger("bitdgdm.engine")
 LEAST_SHARED = 101376  # of a block on sm_86 and sm_89; newer PyTorch says what it is here
 HOPPER = (9, 0)
-KNOWN = ("gptq-fp8-one-w4a8", "fp8-one-w8a8", "rtn-w8a8")
-MOST_BITS = 4  # of integers that e4m3 all holds
 # what a network's codes don't show: a name, and how they were chosen
 NOT_RUN = {"name", "summary", "source", "cost", "version", "weight_clip", "rounding", "calibration"}
 
@@ -75,8 +74,8 @@ def _is_fp8(network: nn.Module) -> bool:
 
 def _run(recipe: Recipe) -> dict[str, object]:
     """What of a recipe there is to compute: integers that e4m3 holds are 8-bit floats where the inputs are."""
-    small = recipe.weight_format == "int" and recipe.weight_bits <= MOST_BITS and recipe.act_format == "fp8"
-    as_floats = {"weight_format": "fp8", "weight_bits": 8} if small else {}
+    floats = recipe.act_format == "fp8" and recipe.codes_are_fp8
+    as_floats = {"weight_format": "fp8", "weight_bits": 8} if floats else {}
     return {field: value for field, value in vars(recipe).items() if field not in NOT_RUN} | as_floats
 
 
@@ -89,7 +88,8 @@ def _network_refusal(network: nn.Module, config: DigressConfig) -> str:
     wanted = FP8 if _is_fp8(network) else INT8
     for module in rounded.values():
         if _run(module.recipe) != wanted:
-            return f"they don't compute recipe {module.recipe.name} (quantized ones that they do: {', '.join(KNOWN)})"
+            known = ", ".join(r.name for r in recipes() if _run(r) in (INT8, FP8))
+            return f"they don't compute recipe {module.recipe.name} (quantized ones that they do: {known})"
     ok, reason = supports(_weights(network), shape)
     if not ok or wanted is not FP8:
         return "" if ok else reason

@@ -22,8 +22,7 @@ def grid(recipe: Recipe) -> str:
     """The unit that runs the dense product of a layer's recipe: "int4", "int8", "fp8" or "bf16"."""
     if not (recipe.weight_quantized and recipe.act_quantized):
         return "bf16"
-    few_bits = recipe.weight_format == "int" and recipe.weight_bits <= 4  # integers that e4m3 holds
-    if recipe.act_format == "fp8" and (recipe.weight_format == "fp8" or few_bits):
+    if recipe.act_format == "fp8" and recipe.codes_are_fp8:
         return "fp8"
     if recipe.act_format != "int" or recipe.weight_format not in ("int", "binary"):
         return "bf16"

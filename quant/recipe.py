@@ -204,6 +204,12 @@ class Recipe:
         return self.act_bits < FULL_PRECISION
 
     @property
+    def codes_are_fp8(self) -> bool:
+        """Whether e4m3 holds every code of the weights: it holds all integers of 4 bit."""
+        few_bits = self.weight_format == "int" and self.weight_bits <= 4
+        return few_bits or self.weight_format == "fp8"
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a layer's inputs must be seen before it is decomposed, or the network be run after that."""
         return _needs_calibration(vars(self)) or any(

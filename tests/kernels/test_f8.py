@@ -24,7 +24,7 @@ from bitdgdm.models.features import network_input
 from bitdgdm.quant.activations import quantize_fp8
 from tests.kernels.conftest import Case, make_case
 from tests.kernels.emulate import Emulator
-from tests.kernels.test_denoise import SEED, TIMES, noise_of, relative
+from tests.kernels.test_denoise import SEED, TIMES, assert_no_trace, noise_of, relative
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
 
@@ -187,14 +187,7 @@ def test_a_graph_does_not_depend_on_its_companions_or_on_the_machine(qm9_case: C
 
 
 def test_buffers_that_share_memory_leave_no_trace() -> None:
-    case = make_case(QM9_NO_H, [9, 4, 9, 7] * 16)  # as many as take turns in the place of keys and values
-    used, few = batch_of(case), batch_of(case, [0, 1, 2])
-    assert used.z.data_ptr() == used.kv.data_ptr() and few.z.data_ptr() != few.kv.data_ptr()
-    for buffer in (used.E, used.E1, used.kv[: used.layout.tiles * 16], used.q, used.X):
-        buffer.fill_(7)  # finite, as what an earlier step leaves
-    for batch in (used, few):
-        batch.forward()
-    assert all(torch.equal(a[:3], b) for a, b in zip(used.logits(), few.logits(), strict=True))
+    assert_no_trace(batch_of)
 
 
 def test_scores_beyond_the_range_of_f16_weights_are_gathered_all_the_same() -> None:

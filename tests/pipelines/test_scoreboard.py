@@ -60,7 +60,7 @@ def test_the_brief_table_has_what_was_sampled_and_no_other_line() -> None:
     assert [line[0] for line in body] == ["`rtn-w4a4`", "`bitdgdm-w4a4-r16-s1`", "`rtn-w8a8`", "full-precision"]
 
 
-def test_a_study_takes_size_and_kl_but_no_rate_from_a_machine_without_samples() -> None:
+def test_a_study_takes_size_and_kl_from_a_machine_without_samples() -> None:
     name = "bitdgdm-w4a4-r8-s1"
     others = [row(name, BITS, 5.25, "bit", "a CPU"), row(name, KL, 8.13, "1e-4", "a CPU")]
     others += [row("rtn-w8a8", KL, 77.0, "1e-4", "a CPU")]
