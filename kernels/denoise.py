@@ -200,7 +200,7 @@ class Denoiser:
             return
         self.pool(p, E)
         self._run(
-            self._graph_source, "graph_mid", self._graph_blocks, 512, self._graph_shared,
+            self._graph_source, "graph_mid", self._graph_blocks, 256, self._graph_shared,
             self.z, self.y, self.film_e, self.film_x, p.graph, p.graph_vec,
         )  # fmt: skip
         if not fp8:

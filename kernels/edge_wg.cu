@@ -41,7 +41,7 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
   float* Vs = (float*)(Bs + 256);                   // 192
   Barriers* at = (Barriers*)(Vs + 192);
 
-  const int warp = THREAD >> 5, lane = THREAD & 31, l = lane & 3, r = lane >> 2, wg = warp >> 2;
+  const int warp = warp_number(), lane = THREAD & 31, l = lane & 3, r = lane >> 2, wg = warp >> 2;
   int t = block_tile[BLOCK];
   if (t >= block_tile[BLOCK + 1]) return;
   const volatile Barriers* share = at;
@@ -105,8 +105,9 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
 #pragma unroll
     for (int i = 0; i < 8; i++) sum[i >> 2][i & 3] = wv[i >> 2][i & 3] = 0.0f;
   };
-  // One m-tile: its scores to z_row, its part of the softmax.
-  auto step = [&](const uint4* a_tile, u8* z_row) {
+  // One m-tile: its scores to z_row, its part of the softmax. The next keys are asked for as soon as there are registers,
+  // unless a fence follows, which would wait for them.
+  auto step = [&](const uint4* a_tile, u8* z_row, bool fence) {
     float mul[2][4], add[2][4];
     const uint4 tile[4] = {a_tile[0], a_tile[32], a_tile[64], a_tile[96]};
 #pragma unroll
@@ -141,6 +142,10 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
         p[nt][2 * hi] = exp2_fast(y0), p[nt][2 * hi + 1] = exp2_fast(y1);
       }
     store_matrices(z_row, make_uint4(z[0][0], z[0][1], z[1][0], z[1][1]));
+    if (j + 1 < n) {
+      kv0 += 64, kv1 += 64;
+      if (!fence) load_keys();
+    }
     if (mixed) {  // a tile of graphs of several sizes
 #pragma unroll
       for (int i = 0; i < 8; i++)
@@ -202,11 +207,8 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ E1, const uint4* __
 
 #pragma unroll 1
       for (int s = 0; s < count; s++, a_tile += 128, z_row += 256) {
-        step(a_tile, z_row);
-        if (++j < n) {  // into the registers that were just read: a copy at the end of the loop would wait for memory
-          kv0 += 64, kv1 += 64;
-          if (s + 1 < count) load_keys();  // else later: the fence would wait for them
-        } else {
+        step(a_tile, z_row, s + 1 == count);
+        if (++j == n) {
           const uint4 x0 = load16(film_x + (graph0 * 16 + warp) * 4 + l), x1 = load16(film_x + (graph1 * 16 + warp) * 4 + l);
           const int next = min(t + 1, share->t_end - 1) * 16 + r;
           const int4 next0 = rows[next], next1 = rows[next + 8];

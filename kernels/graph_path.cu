@@ -4,10 +4,10 @@
 // a lane: a lane sums the slices of its two rows in order, then a thread sums the rows of a graph in order, so the result is
 // a function of the graph and not of its place in a tile. Padded rows all hold one vector per layer (method: a masked row
 // is LayerNorm of a constant), so they enter by count. Output in fragment order. 10 instructions a pair of channels of E.
-// graph_in, graph_mid: a block owns TILES tiles of 16 graphs, so that each weight that comes from L2 serves 64 graphs (32
-// where dy is 128). Of the 16 warps of graph_mid two share an eighth of the long sums (K = 1,344 of the pooled rows; 2,048
-// hidden channels), half of the tiles each; the parts are added in a fixed order; between them y is in shared memory in
-// fragment order. Operations a graph: 0.42 M MAC; weights: 0.84 MB a block.
+// graph_in, graph_mid: a block of 8 warps owns TILES tiles of 16 graphs, so that each weight that comes from L2 serves 64
+// graphs (32 where dy is 128). The warps share the long sums (K = 1,344 of the pooled rows; 2,048 hidden channels) and add
+// their parts in a fixed order; between them y is in shared memory in fragment order. Operations a graph: 0.42 M MAC;
+// weights: 0.84 MB a block.
 // FP8: X, E, y and the FiLM vectors are f16; what a Linear of the layers reads is rounded to e4m3, its weights are e4m3 with
 // a scale an output channel. Products have f16 operands that hold those values: what is saved is half of the weights.
 #include "warp.cuh"
@@ -31,7 +31,7 @@
 #define FFY 2048
 constexpr int TILES = DY > 64 ? 2 : 4;
 constexpr bool AHEAD = DY <= 64;  // load weights before they are needed, where there are registers for it
-constexpr int UNROLL = AHEAD ? 2 : 1;
+constexpr int UNROLL = AHEAD ? 2 : 1, UNROLL_ALL = AHEAD ? KS : 1;
 
 #include "graph_rows.cuh"
 
@@ -101,7 +101,7 @@ pool(const uint4* __restrict__ X, const uint4* __restrict__ E, const int* __rest
 
   const float2 low_origin = *(const float2*)(pad + 256 + part * 16 + (lane & 3) * 2);
   const float2 high_origin = *(const float2*)(pad + 264 + part * 16 + (lane & 3) * 2);
-  for (int t = THREAD >> 5; t < owned; t += THREADS >> 5) {
+  for (int t = warp_number(); t < owned; t += THREADS >> 5) {
     const int row = (tile0 + t) * 16 + r;
     if (row + 8 < begin || row >= end) continue;  // both rows are of other blocks
     const uint4* from = E + (u64)tile_start[tile0 + t] * 128 + part * 32 + lane;
@@ -180,7 +180,7 @@ KERNEL(256, 1)
 graph_in(const uint4* features, uint4* y, uint2* film_e, uint2* film_x, const uint4* w, const float* vec) {
   SHARED(shared);
   uint4* ys = (uint4*)shared;  // [TILES][KS][32]
-  const int warp = THREAD >> 5, lane = THREAD & 31, first = BLOCK * TILES;
+  const int warp = warp_number(), lane = THREAD & 31, first = BLOCK * TILES;
   if (warp < TILES) {
     const uint4 f = load16(features + (first + warp) * 32 + lane);
     const uint4* w2 = w + HIDDEN_Y * 2;
@@ -206,28 +206,27 @@ graph_in(const uint4* features, uint4* y, uint2* film_e, uint2* film_x, const ui
     store_y(a, ys + warp * KS * 32, y + (first + warp) * KS * 32, lane);
   }
   block_sync();
-  film<2>(ys, w + HIDDEN_Y * 2 + HIDDEN_Y / 16 * KS * 32, vec + HIDDEN_Y + DY, film_e, film_x, first, warp, lane);
+  film(ys, w + HIDDEN_Y * 2 + HIDDEN_Y / 16 * KS * 32, vec + HIDDEN_Y + DY, film_e, film_x, first, warp, lane);
 }
 
 // z: what pool wrote; y is replaced. w: [DY, DY + 1280] of (y_y, x_y, e_y), y_out.0, y_out.2 (one k step after the other),
 // lin_y1 (one hidden chunk after the other), lin_y2, film of the next layer; vec: sum of the three biases (FP8: and their
 // three scales), y_out.0, y_out.2, norm 1 (gamma, beta), lin_y1, lin_y2, norm 2, film.
-KERNEL(512, 1)
+KERNEL(256, 1)
 graph_mid(const uint4* z, uint4* y, uint2* film_e, uint2* film_x, const uint4* w, const float* vec) {
   SHARED(shared);
   float4* part = (float4*)shared;                     // [4][TILES][NT][32]
   uint4* ys = (uint4*)(part + 4 * TILES * NT * 32);   // [TILES][KS][32], operands
   uint4* kept = FP8 ? ys + TILES * KS * 32 : ys;      // the same, before rounding
-  constexpr int MINE = TILES / 2;
-  const int warp = THREAD >> 5, lane = THREAD & 31, first = BLOCK * TILES, own = first + warp;
-  const int eighth = warp & 7, tile = (warp >> 3) * MINE;  // of this warp in the long sums
-  const int from = eighth * (KS + POOL_KS) / 8, to = (eighth + 1) * (KS + POOL_KS) / 8;
-  Rows all[MINE], h;
+  const int warp = warp_number(), lane = THREAD & 31, first = BLOCK * TILES, own = first + warp;
+  const int from = warp * (KS + POOL_KS) / 8, to = (warp + 1) * (KS + POOL_KS) / 8;
+  Block all;
+  Rows h;
 #pragma unroll
-  for (int mt = 0; mt < MINE; mt++) clear(all[mt]);
+  for (int mt = 0; mt < TILES; mt++) clear(all[mt]);
 #pragma unroll UNROLL
   for (int ks = from; ks < to; ks++) {
-    uint4 in[MINE];
+    uint4 in[TILES];
 #if FP8
     if (ks > from && (ks == KS || ks == KS + 64)) {  // sums are in the scale of the present Linear
       const float *before = vec + (ks == KS ? DY : 2 * DY), *now = before + DY;
@@ -236,22 +235,22 @@ graph_mid(const uint4* z, uint4* y, uint2* film_e, uint2* film_x, const uint4* w
         const int c = nt * 8 + (lane & 3) * 2;
         const float x = before[c] / now[c], y1 = before[c + 1] / now[c + 1];
 #pragma unroll
-        for (int mt = 0; mt < MINE; mt++)
+        for (int mt = 0; mt < TILES; mt++)
           all[mt][nt][0] *= x, all[mt][nt][1] *= y1, all[mt][nt][2] *= x, all[mt][nt][3] *= y1;
       }
     }
 #endif
 #pragma unroll
-    for (int mt = 0; mt < MINE; mt++)
-      in[mt] = ks < KS ? operand(y[((first + tile + mt) * KS + ks) * 32 + lane])
-                       : load16(z + ((first + tile + mt) * POOL_KS + ks - KS) * 32 + lane);
+    for (int mt = 0; mt < TILES; mt++)
+      in[mt] = ks < KS ? operand(y[((first + mt) * KS + ks) * 32 + lane])
+                       : load16(z + ((first + mt) * POOL_KS + ks - KS) * 32 + lane);
     add_products(all, in, w + ks * KS * WORDS, lane);
   }
 #if FP8
 #pragma unroll
-  for (int mt = 0; mt < MINE; mt++) scale_rows(all[mt], vec + (to <= KS ? 1 : to <= KS + 64 ? 2 : 3) * DY, lane);
+  for (int mt = 0; mt < TILES; mt++) scale_rows(all[mt], vec + (to <= KS ? 1 : to <= KS + 64 ? 2 : 3) * DY, lane);
 #endif
-  sum_parts(h, all, part, eighth, tile, warp, lane);
+  sum_warps(h, all, part, warp, lane);
   const float* v = vec + (FP8 ? 4 : 1) * DY;
   if (warp < TILES) {
     bias_to(h, vec, lane);
@@ -263,7 +262,7 @@ graph_mid(const uint4* z, uint4* y, uint2* film_e, uint2* film_x, const uint4* w
 #pragma unroll
       for (int ks = 0; ks < KS; ks++) ys[(warp * KS + ks) * 32 + lane] = operand(a[ks]);  // a lane reads what it wrote
       clear(h);
-#pragma unroll UNROLL
+#pragma unroll UNROLL_ALL
       for (int ks = 0; ks < KS; ks++) add_product(h, ys[(warp * KS + ks) * 32 + lane], m + ks * KS * WORDS, lane);
       finish(h, v, lane);
       if (layer == 0) relu_rows(h);
@@ -284,10 +283,9 @@ graph_mid(const uint4* z, uint4* y, uint2* film_e, uint2* film_x, const uint4* w
 
   w += ((KS + POOL_KS) + 2 * KS) * KS * WORDS, vec += ((FP8 ? 4 : 1) + 2 * LINEAR + 2) * DY;
 #pragma unroll
-  for (int mt = 0; mt < MINE; mt++) clear(all[mt]);
-  const uint4* w2 = w + KS * (FFY / 16) * WORDS;
-  add_mlp<KS>(all, ys + tile * KS * 32, w, vec, w2, FFY, eighth * (FFY / 128), (eighth + 1) * (FFY / 128), lane);
-  sum_parts(h, all, part, eighth, tile, warp, lane);
+  for (int mt = 0; mt < TILES; mt++) clear(all[mt]);
+  add_mlp<KS>(all, ys, w, vec, w + KS * (FFY / 16) * WORDS, FFY, warp * (FFY / 128), (warp + 1) * (FFY / 128), lane);
+  sum_warps(h, all, part, warp, lane);
   w += 2 * KS * (FFY / 16) * WORDS, vec += LINEAR * FFY;
   if (warp < TILES) {
     uint4 a[KS];
@@ -299,5 +297,5 @@ graph_mid(const uint4* z, uint4* y, uint2* film_e, uint2* film_x, const uint4* w
     store_y(a, ys + warp * KS * 32, y + own * KS * 32, lane);
   }
   block_sync();
-  film<4>(ys, w, vec + (LINEAR + 2) * DY, film_e, film_x, first, warp, lane);
+  film(ys, w, vec + (LINEAR + 2) * DY, film_e, film_x, first, warp, lane);
 }

@@ -24,6 +24,7 @@ DEV u32 larger(u32 a, u32 b) { return max2(a, b); }
 #endif
 
 typedef float Rows[NT][4];
+typedef Rows Block[TILES];  // a warp's part of all rows of the block
 
 constexpr int LINEAR = FP8 ? 2 : 1;        // vectors of a Linear of the layers: bias, and scale
 constexpr int WORDS = FP8 ? 16 : 32;       // uint4 of a packed block of 16 x 16 of their weights
@@ -142,15 +143,14 @@ DEV void add_product(Rows& h, const uint4& a, const uint4* w, int lane) {  // on
   }
 }
 
-template <int N>
-DEV void add_products(Rows (&h)[N], const uint4 (&a)[N], const uint4* w, int lane) {
+DEV void add_products(Block& h, const uint4 (&a)[TILES], const uint4* w, int lane) {
   Blocks<KS> packed;
   uint4 b[KS];
   packed.load(w, lane);
 #pragma unroll
   for (int np = 0; np < KS; np++) b[np] = packed.at(np);
 #pragma unroll
-  for (int mt = 0; mt < N; mt++)
+  for (int mt = 0; mt < TILES; mt++)
 #pragma unroll
     for (int np = 0; np < KS; np++) {
       add_mma(h[mt][2 * np], a[mt], b[np].x, b[np].y);
@@ -158,28 +158,28 @@ DEV void add_products(Rows (&h)[N], const uint4 (&a)[N], const uint4* w, int lan
     }
 }
 
-// h += W2 relu(W1 y + b1) over the hidden chunks (16 channels each) first .. last - 1. y: operands [N][KS1][32] in
+// h += W2 relu(W1 y + b1) over the hidden chunks (16 channels each) first .. last - 1. y: operands [TILES][KS1][32] in
 // shared memory; w1: [chunks][KS1 blocks]; b1: of all `hidden` channels, FP8: then their scales.
-template <int KS1, int N>
-DEV void add_mlp(Rows (&h)[N], const uint4* y, const uint4* w1, const float* b1, const uint4* w2, int channels, int first, int last,
+template <int KS1>
+DEV void add_mlp(Block& h, const uint4* y, const uint4* w1, const float* b1, const uint4* w2, int channels, int first, int last,
                  int lane) {
   Blocks<KS1> b;
   if (AHEAD) b.load(w1 + first * KS1 * WORDS, lane);  // while the chunk before it is used
 #pragma unroll 1
   for (int chunk = first; chunk < last; chunk++) {
     if (!AHEAD) b.load(w1 + chunk * KS1 * WORDS, lane);
-    float hidden[N][2][4];
+    float hidden[TILES][2][4];
 #pragma unroll
     for (int nt = 0; nt < 2; nt++) {
       const float2 v = FP8 ? make_float2(0, 0) : *(const float2*)(b1 + chunk * 16 + nt * 8 + (lane & 3) * 2);
 #pragma unroll
-      for (int mt = 0; mt < N; mt++) hidden[mt][nt][0] = hidden[mt][nt][2] = v.x, hidden[mt][nt][1] = hidden[mt][nt][3] = v.y;
+      for (int mt = 0; mt < TILES; mt++) hidden[mt][nt][0] = hidden[mt][nt][2] = v.x, hidden[mt][nt][1] = hidden[mt][nt][3] = v.y;
     }
 #pragma unroll
     for (int ks = 0; ks < KS1; ks++) {
       const uint4 block = b.at(ks);
 #pragma unroll
-      for (int mt = 0; mt < N; mt++) {
+      for (int mt = 0; mt < TILES; mt++) {
         const uint4 a = y[(mt * KS1 + ks) * 32 + lane];
         add_mma(hidden[mt][0], a, block.x, block.y);
         add_mma(hidden[mt][1], a, block.z, block.w);
@@ -192,39 +192,37 @@ DEV void add_mlp(Rows (&h)[N], const uint4* y, const uint4* w1, const float* b1,
       const int c = chunk * 16 + nt * 8 + (lane & 3) * 2;
       const float2 v = *(const float2*)(b1 + c), s = *(const float2*)(b1 + channels + c);
 #pragma unroll
-      for (int mt = 0; mt < N; mt++) {
+      for (int mt = 0; mt < TILES; mt++) {
         float(&t)[4] = hidden[mt][nt];
         t[0] = fmaf(t[0], s.x, v.x), t[1] = fmaf(t[1], s.y, v.y), t[2] = fmaf(t[2], s.x, v.x), t[3] = fmaf(t[3], s.y, v.y);
       }
     }
 #endif
-    uint4 a2[N];
+    uint4 a2[TILES];
 #pragma unroll
-    for (int mt = 0; mt < N; mt++) a2[mt] = operand_relu(hidden[mt][0], hidden[mt][1]);
+    for (int mt = 0; mt < TILES; mt++) a2[mt] = operand_relu(hidden[mt][0], hidden[mt][1]);
     add_products(h, a2, w2 + chunk * KS * WORDS, lane);
   }
 }
 
-// The sum of eight parts of each tile, in a fixed order; tile m of it is in the h of warp m. mine: part `of` of the N tiles
-// from `tile`; part: 4 blocks of rows.
-template <int N>
-DEV void sum_parts(Rows& h, Rows (&mine)[N], float4* part, int of, int tile, int warp, int lane) {
+// The sum of the eight warps' parts, in a fixed order; tile m of it is in the h of warp m. part: 4 blocks of rows.
+DEV void sum_warps(Rows& h, Block& mine, float4* part, int warp, int lane) {
   auto place = [&](int w, int mt, int nt) { return part + ((w * TILES + mt) * NT + nt) * 32 + lane; };
-  if (of >= 4) {
+  if (warp >= 4) {
 #pragma unroll
-    for (int i = 0; i < N * NT; i++) {
+    for (int i = 0; i < TILES * NT; i++) {
       const float(&v)[4] = mine[i / NT][i % NT];
-      *place(of - 4, tile + i / NT, i % NT) = make_float4(v[0], v[1], v[2], v[3]);
+      *place(warp - 4, i / NT, i % NT) = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
   block_sync();
-  if (of < 4) {
+  if (warp < 4) {
 #pragma unroll
-    for (int i = 0; i < N * NT; i++) {
+    for (int i = 0; i < TILES * NT; i++) {
       float(&v)[4] = mine[i / NT][i % NT];
-      float4 p = *place(of, tile + i / NT, i % NT);
+      float4 p = *place(warp, i / NT, i % NT);
       p.x += v[0], p.y += v[1], p.z += v[2], p.w += v[3];
-      *place(of, tile + i / NT, i % NT) = p;
+      *place(warp, i / NT, i % NT) = p;
     }
   }
   block_sync();
@@ -241,14 +239,13 @@ DEV void sum_parts(Rows& h, Rows (&mine)[N], float4* part, int of, int tile, int
   }
 }
 
-// EACH warps each of e_mul, e_add, x_mul, x_add; to [graphs][16][4 lanes][mul x 4, add x 4]. y: operands [TILES][KS][32] in
+// Two warps each of e_mul, e_add, x_mul, x_add; to [graphs][16][4 lanes][mul x 4, add x 4]. y: operands [TILES][KS][32] in
 // shared memory; w: [4][16][KS blocks] of the four; vec: their biases, FP8: then their scales.
-template <int EACH>
 DEV void film(const uint4* y, const uint4* w, const float* vec, uint2* film_e, uint2* film_x, int first, int warp, int lane) {
-  const int kind = warp / EACH, np0 = warp % EACH * (16 / EACH);
+  const int kind = warp >> 1;
   uint2* to = kind < 2 ? film_e : film_x;
 #pragma unroll UNROLL
-  for (int np = np0; np < np0 + 16 / EACH; np++) {
+  for (int np = (warp & 1) * 8; np < (warp & 1) * 8 + 8; np++) {
     Blocks<KS> b;
     b.load(w + (kind * 16 + np) * KS * WORDS, lane);
     float o[TILES][2][4];

@@ -103,6 +103,9 @@ DEV u32 warp_ballot(bool b) { return __ballot_sync(0xffffffffu, b); }
 DEV bool warp_any(bool b) { return __any_sync(0xffffffffu, b); }
 DEV void block_sync() { __syncthreads(); }
 DEV void warp_sync() { __syncwarp(); }
+// The warp's number in its block, of which the compiler knows that all lanes have the same: what is counted by it, or by
+// warps as a whole, lives in uniform registers.
+DEV int warp_number() { return __shfl_sync(0xffffffffu, (int)(threadIdx.x >> 5), 0); }
 #endif
 
 DEV float low(u32 pair) { return as_float(pair << 16); }

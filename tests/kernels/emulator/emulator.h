@@ -186,6 +186,7 @@ DEV u32 warp_ballot(bool b) {
 }
 DEV bool warp_any(bool b) { return warp_ballot(b) != 0; }
 DEV void warp_sync() { warp_any(false); }
+DEV int warp_number() { return THREAD >> 5; }
 DEV void block_sync() {
   const u64 mine = emu::block_generation;
   if (++emu::block_count == emu::threads) {
