@@ -15,7 +15,7 @@ from bitdgdm.quant.gptq import gptq_fp8, gptq_round
 from bitdgdm.quant.inputs import Inputs
 from bitdgdm.quant.packing import WIDEST, pack
 from bitdgdm.quant.recipe import Recipe
-from bitdgdm.quant.rounding import ceil_bfloat16, round_weights
+from bitdgdm.quant.rounding import absmax_scale, round_weights
 
 FP8_TOP = 448.0
 
@@ -64,7 +64,7 @@ def _nearest(rest: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 def _fp8(rest: Tensor, moment: Tensor | None) -> list[dict[str, Tensor]]:
     """One scale a row, no entry beyond the largest e4m3 number; rounded by gptq where there is a second moment."""
-    scale = ceil_bfloat16(rest.abs().amax(dim=2, keepdim=True) / FP8_TOP)
+    scale = absmax_scale(rest.abs().amax(dim=2, keepdim=True), FP8_TOP)
     if moment is None:
         codes = (rest / scale).to(torch.float8_e4m3fn)
     else:

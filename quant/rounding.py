@@ -21,7 +21,7 @@ def round_weights(w: Tensor, bits: int, clip: str) -> tuple[Tensor, Tensor]:
     complement.
     """
     top = 2 ** (bits - 1) - 1
-    full = ceil_bfloat16(w.abs().amax(dim=1, keepdim=True) / top)
+    full = absmax_scale(w.abs().amax(dim=1, keepdim=True), top)
     if clip == "absmax":
         return _codes(w, full, -top, top).to(torch.int8), full.squeeze(1).to(torch.bfloat16)
     best_scale, best_error = full, _squared_error(w, full, -top - 1, top)
@@ -39,9 +39,13 @@ def round_weights(w: Tensor, bits: int, clip: str) -> tuple[Tensor, Tensor]:
 _TINY = float(torch.finfo(torch.float32).tiny)
 
 
-def ceil_bfloat16(scale: Tensor) -> Tensor:
-    """Smallest bfloat16 value >= scale, as float32; never below the smallest normal number."""
-    bits = scale.clamp_min(_TINY).contiguous().view(torch.int32)
+def absmax_scale(largest: Tensor, top: float) -> Tensor:
+    """Smallest bfloat16 value >= largest / top, as float32; never below the smallest normal number.
+
+    Equal on a CPU and a GPU: there a division by a Python number is a product with its reciprocal, which is too large
+    for 10 of the 128 mantissas of a bfloat16 weight and top 7, so that the scale would be a step of bfloat16 too large.
+    """
+    bits = (largest / torch.full_like(largest, top)).clamp_min(_TINY).view(torch.int32)
     return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
