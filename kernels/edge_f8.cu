@@ -152,16 +152,12 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
 
   // what a lane knows of its query tile: rows r and r + 8; key and value of row j. [n-tile][row]
   u32 sum[2][2], wv[2][2], shift[2][2], fa[2][2], fm[2][2];
-  uint4 key0, key1;  // asked for in the middle of the step before, as soon as there are registers
+  uint4 key0, key1;
   int left, beyond;  // steps of the tile; those without row r, without row r + 8
   u32 kv0, kv1;
   bool mixed;
   auto load_keys = [&]() { key0 = load16(kv + kv0), key1 = load16(kv + kv1); };  // j >= n of the row: of other rows, finite
   auto places = [&](int tile) { return (const int4*)next + (tile & 1) * 16; };
-  auto load_first_keys = [&](int tile) {  // of places that have arrived
-    kv0 = places(tile)[r].y * 64 + warp * 4 + l, kv1 = places(tile)[r + 8].y * 64 + warp * 4 + l;
-    load_keys();
-  };
   // Keys, values and queries of one tile to L2, see edge_wg.cu.
   auto prefetch_tile = [&](int tile) {
     prefetch_bulk(kv + tile * 1024, 16384);
@@ -185,6 +181,8 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
     const int n = places(t)[0].z;  // the largest comes first
     const uint4 film0 = next[64 + lane], film1 = next[96 + lane];
     next[200 + lane] = next[32 + lane];
+    kv0 = row0.y * 64 + warp * 4 + l, kv1 = row1.y * 64 + warp * 4 + l;
+    load_keys();
     left = n, beyond = (n - row0.z) | (n - row1.z) << 8;
     mixed = warp_any(beyond != 0);  // and all have read the places
     copy16_async(next + 128 + lane, film_x + (row0.x * 16 + warp) * 4 + l);
@@ -205,8 +203,8 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
       shift[nt][hi] = nt ? shifts.y : shifts.x;
     }
   };
-  // The scores of one m-tile, modulated to z_row.
-  auto score = [&](const uint4* a_tile, u8* z_row, u32 (&y)[2][2]) {
+  // One m-tile: its scores to z_row, its part of the softmax.
+  auto step = [&](const uint4* a_tile, u8* z_row) {
     const uint4 tile[4] = {a_tile[0], a_tile[32], a_tile[64], a_tile[96]};
     const uint4 one = next[192 + l];
     const uint2 scales = *(const uint2*)(next + 196 + l);
@@ -223,8 +221,8 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
     // a pair: row r + 8 hi, channels 8 nt + 2 l, + 1
     const uint4 qt = next[200 + lane];
     const u32 qs[2][2] = {{qt.x, qt.y}, {qt.z, qt.w}};
-    const u32 ks_[2][2] = {{key0.x, key1.x}, {key0.y, key1.y}};
-    u32 z[2][2];
+    const u32 ks_[2][2] = {{key0.x, key1.x}, {key0.y, key1.y}}, vs[2][2] = {{key0.z, key1.z}, {key0.w, key1.w}};
+    u32 y[2][2], z[2][2];
 #pragma unroll
     for (int nt = 0; nt < 2; nt++)
 #pragma unroll
@@ -234,9 +232,6 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
       }
     *(u32*)z_row = bytes4(z[0][0], z[1][0]);
     *(u32*)(z_row + 128) = bytes4(z[0][1], z[1][1]);
-  };
-  // Its part of the softmax.
-  auto gather = [&](u32 (&y)[2][2], const u32 (&vs)[2][2]) {
     if (mixed) {  // a tile of graphs of several sizes: weight 0 beyond the own
 #pragma unroll
       for (int hi = 0; hi < 2; hi++)
@@ -299,7 +294,7 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
 #pragma unroll
         for (int k = 0; k < 8; k++) w[k >> 2][k & 3] = k == i ? exact : w[k >> 2][k & 3];
       }
-      load_weights(), load_keys();  // not kept meanwhile
+      load_weights();  // not kept meanwhile
     }
     const uint4 x0 = next[128 + lane], x1 = next[160 + lane];  // FiLM of X for the two rows
     auto film = [](float v, u32 m, u32 a, int e) { return e ? fmaf(half_high(m), v, half_high(a)) : fmaf(half_low(m), v, half_low(a)); };
@@ -316,7 +311,6 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
   arrived();
   ask_tile(t);
   arrived();
-  load_first_keys(t);
   open_tile();
 
 #pragma unroll 1
@@ -326,8 +320,7 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
 #pragma unroll 1
     do {
       const int place = i & 4 * RING - 1;
-      u32 y[2][2];
-      score(Eq + place * 128 + lane, Z + warp * (RING * 1024) + place * 256 + lane * 4, y);
+      step(Eq + place * 128 + lane, Z + warp * (RING * 1024) + place * 256 + lane * 4);
       i++;
       more = (i & 3) != 0 && i < m_tiles;
       if (!more) {  // before anything is loaded: the fence would wait for it
@@ -335,17 +328,9 @@ edge_attend(const uint4* __restrict__ E, uint4* __restrict__ out, const uint4* _
         warp_sync();
         if (lane == 0) barrier_arrive(at->z_full + (i - 1 >> 2 & RING - 1));
       }
-      const u32 values[2][2] = {{key0.z, key1.z}, {key0.w, key1.w}};
-      const bool last = left == 1;
-      if (!last) {
+      if (--left > 0) {
         kv0 += 64, kv1 += 64;
         load_keys();
-      } else if (t + 1 < share->t_end) {
-        load_first_keys(t + 1);
-      }
-      gather(y, values);
-      if (!last) {
-        left--;
       } else {
         arrived();
         close_tile();
