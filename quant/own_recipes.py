@@ -49,13 +49,20 @@ def _input(
     )  # fmt: skip
 
 
-DEFAULT = _input(8)
-"""What `bitdgdm quantize` takes when no recipe is named."""
+DEFAULT = Recipe(
+    "gptq-fp8-one-w4a8", 4, 8, weight_clip="output", act_format="fp8", act_scale="one", rounding="gptq",
+    calibration="uniform",
+    summary="4-bit weights by gptq, which e4m3 holds too, activations cast to e4m3 as they are, saturating at 448",
+    source="Frantar et al., GPTQ, ICLR 2023; scales by the output's error",
+    cost=f"{SEEN}; nothing beside the fp8 product",
+)  # fmt: skip
+"""What `bitdgdm quantize` takes when no recipe is named: the smallest that our kernels run, and nearer to full precision
+than any with 4-bit activations."""
 
 OWN = (
     _input(2),
     _input(4),
-    DEFAULT,
+    _input(8),
     _input(16),
     _input(8, sigma=None, premul="hadamard"),
     _input(4, 3, 8, sigma=None),
@@ -77,11 +84,5 @@ OWN = (
         summary="e4m3 weights by gptq, activations cast to e4m3 as they are, saturating at 448",
         source="Frantar et al., GPTQ, ICLR 2023, on the e4m3 grid", cost=f"{SEEN}; nothing beside the fp8 product",
     ),
-    Recipe(
-        "gptq-fp8-one-w4a8", 4, 8, weight_clip="output", act_format="fp8", act_scale="one", rounding="gptq",
-        calibration="uniform",
-        summary="4-bit weights by gptq, which e4m3 holds too, activations cast to e4m3 as they are, saturating at 448",
-        source="Frantar et al., GPTQ, ICLR 2023; scales by the output's error",
-        cost=f"{SEEN}; nothing beside the fp8 product",
-    ),
+    DEFAULT,
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """The recipe book: every recipe that can be asked for by name; here the method in its readings, with its ablations.
 
 Guarantees: names are unique and follow `<method>-w<bits>a<bits>[-r<rank>][-s<alpha %>][-<variant>]`; each entry runs, and
-says in one line what it does, what it costs and where it is from. The first one is the default: ours, not the published
-method, whose reading that we take for it is `bitdgdm-w4a4-r16-s1` (R2).
+says in one line what it does, what it costs and where it is from. The first one is the default, which is not the published
+method: the reading that we take for that is `bitdgdm-w4a4-r16-s1` (R2).
 Knows nothing of: how a recipe is carried out, and how good it is (benchmarks/results says that).
 """
 

@@ -68,7 +68,7 @@ def test_the_twin_is_quant_linear_to_the_last_bit(asymmetric: bool) -> None:
     assert (q.amax(1) - q.amin(1)).max() == (15 if asymmetric else 14)
 
 
-def default_layer(width: int, out: int) -> tuple[QuantLinear, Int4Linear, dict[str, object]]:
+def method_layer(width: int, out: int) -> tuple[QuantLinear, Int4Linear, dict[str, object]]:
     """A Linear with outlying inputs and weights by bitdgdm-w4a4-r16-s1: QuantLinear, packed, what the twin wants."""
     torch.manual_seed(width)
     weight = torch.randn(out, width) @ torch.diag(1 + 4 * torch.rand(width)) / width**0.5
@@ -90,10 +90,10 @@ def default_layer(width: int, out: int) -> tuple[QuantLinear, Int4Linear, dict[s
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("width", "out"), [(64, 128), (256, 64), (1024, 64)])
-def test_the_default_recipe_errs_at_most_twice_as_much_as_pytorch_with_its_branches_in_bf16(
+def test_the_published_method_errs_at_most_twice_as_much_as_pytorch_with_its_branches_in_bf16(
     arch: str, dtype: torch.dtype, width: int, out: int
 ) -> None:
-    layer, packed, parts = default_layer(width, out)
+    layer, packed, parts = method_layer(width, out)
     x = (torch.randn(37, width) * (1 + 20 * (torch.rand(37, width) < 0.02))).to(dtype)
     assert outliers(x.float(), 3.0, None).any(1).sum() > 10
     exact = twin(x.float(), **parts, asymmetric=True, sigma=3.0, dtype=torch.float64)  # type: ignore[arg-type]
@@ -120,7 +120,7 @@ def test_limits_per_channel_keep_their_outliers_out_of_the_codes(arch: str) -> N
 @EMULATED
 @BOTH
 def test_a_row_depends_on_itself_alone(arch: str) -> None:
-    _, packed, _ = default_layer(64, 128)
+    _, packed, _ = method_layer(64, 128)
     x = torch.randn(70, 64)
     x[11, 4] = 100
     whole = int4_linear(x, packed, emulator(arch))
@@ -138,7 +138,7 @@ def test_a_row_depends_on_itself_alone(arch: str) -> None:
 
 @EMULATED
 def test_both_forms_give_the_same_bytes_with_every_branch() -> None:
-    _, packed, _ = default_layer(256, 64)
+    _, packed, _ = method_layer(256, 64)
     x = torch.randn(40, 256) * (1 + 20 * (torch.rand(40, 256) < 0.02))
     assert torch.equal(int4_linear(x, packed, emulator("89")), int4_linear(x, packed, emulator("90a")))
 

@@ -82,7 +82,7 @@ def test_alpha_bounds_every_row_and_column_of_the_stored_sparse_part(rows, colum
     assert report.nnz == len(index) and (np.diff(index) > 0).all()
 
 
-def test_each_part_of_the_default_recipe_earns_something_on_weights_made_for_it():
+def test_each_part_of_the_published_method_earns_something_on_weights_made_for_it():
     rng = np.random.default_rng(0)
     smooth = rng.standard_normal((128, 8)) @ rng.standard_normal((8, 128)) * 0.1
     w = smooth + rng.standard_normal((128, 128)) * 0.05

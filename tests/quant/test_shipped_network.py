@@ -63,7 +63,7 @@ def test_round_to_nearest_has_the_error_of_plain_absmax_rounding(weights, name, 
         assert ours == pytest.approx(relative(wide, round_absmax(wide, top)), rel=0.03), layer
 
 
-def test_the_default_recipe_is_as_close_as_alternating_exact_svd_and_threshold(weights):
+def test_the_published_method_is_as_close_as_alternating_exact_svd_and_threshold(weights):
     ours, reference = [], []
     for name, w in weights.items():
         if name.startswith("tf_layers.0."):
