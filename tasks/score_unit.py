@@ -16,8 +16,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from bitdgdm.models.digress import DigressConfig
 from bitdgdm.models.molecule import score_graphs
@@ -26,7 +28,7 @@ from bitdgdm.models.sampler import Graphs
 from bitdgdm.models.summary import unit_stats
 
 ROW_GROUP_ROWS = 131_072
-_CHUNK = 256  # molecules a process takes at a time
+_CHUNK = 64  # molecules a process takes at a time: a unit of thousands keeps any number of them busy to its end
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _score_chunk(graphs: Graphs, first_id: int) -> pa.Table:
+def _score_chunk(arrays: Sequence[np.ndarray], first_id: int) -> pa.Table:
     assert _scoring is not None
-    return _scoring.table(graphs, first_id)
+    return _scoring.table(Graphs(*map(torch.from_numpy, arrays)), first_id)
+
+
+def _arrays(graphs: Graphs) -> list[np.ndarray]:
+    """As copies: a tensor would travel as a file descriptor, which takes several messages with this process's threads."""
+    return [t.numpy().copy() for t in (graphs.n, graphs.X, graphs.E)]
 
 
 class Scorer:
@@ -87,7 +94,7 @@ class Scorer:
             return lambda: self._scoring.table(graphs, first_id)
         pool, starts = self._pool, range(0, len(graphs), _CHUNK)
         try:
-            begun = [pool.submit(_score_chunk, graphs[i : i + _CHUNK], first_id + i) for i in starts]
+            begun = [pool.submit(_score_chunk, _arrays(graphs[i : i + _CHUNK]), first_id + i) for i in starts]
         except BrokenProcessPool:
             self._replace(pool)
             raise
