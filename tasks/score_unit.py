@@ -56,6 +56,8 @@ def _begin(scoring: Scoring) -> None:
     global _scoring
     _scoring = scoring
     threading.Thread(target=_end_with_parent, daemon=True, name="end-with-parent").start()
+    one_atom = Graphs(torch.ones(1, dtype=torch.int64), *(torch.zeros([1] * k, dtype=torch.int8) for k in (2, 3)))
+    scoring.table(one_atom, 0)  # the catalogues of alerts are read now
 
 
 def _end_with_parent() -> None:
@@ -86,7 +88,9 @@ class Scorer:
     def _start(self) -> ProcessPoolExecutor:
         # spawn: a forked child would inherit CUDA and Ray state that it can't use
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._processes, context, initializer=_begin, initargs=(self._scoring,))
+        pool = ProcessPoolExecutor(self._processes, context, initializer=_begin, initargs=(self._scoring,))
+        pool.submit(int)  # they start with the first task: now, while the first unit is sampled
+        return pool
 
     def begin(self, graphs: Graphs, first_id: int) -> Callable[[], pa.Table]:
         """Hand graphs over to the processes; the function returned waits for their rows."""
