@@ -3,13 +3,14 @@
 //     y = s_w (s_x (Q(x_D) codes^T) + x_S codes^T) + x (L R^T + S)^T + b       as quant/linear.py defines it
 //
 // A warp owns 16 MT rows from first to last and talks to no other; a block is only so many warps.
-//   rows:     x is read twice or three times (the later ones from L1): threshold, range, codes. In shared memory stay the
-//             codes in fragment order, a bit an element that is an outlier, and x as bf16, transposed, for the branches.
-//   products: 64 channels at a time. Weights, 4 bit, stream from L2 in fragment order, the next 64 k ahead.
+//   rows:     threshold, range, codes of four rows at a time, so that their loads wait together; longer rows than 256 are read
+//             again, from L1. In shared memory stay the codes in fragment order, a bit an element that is an outlier, and x as bf16,
+//             rows r and r + 8 in a word, for the branches.
+//   products: 64 channels at a time. Weights, 4 bit, stream from L2 in fragment order, the next 64 k or channels ahead.
 //   outliers: a lane walks the bits of its rows; a transposed copy of the codes gives 16 of its channels in 8 bytes.
 //   side:     x R by bf16 products once; L by one more product of 16 (32) k; S as lists of fixed width, a word an entry.
 // Nothing is summed by atomics, no list has a length that x decides: a row's result depends on the row alone.
-// Shared memory of a warp of 32 rows, K = 256: codes 4 KB (8 KB unpacked), x 16 KB, bits 1 KB.
+// Shared memory of a warp of 32 rows, K = 256: codes 4 KB (8 KB unpacked), x 18 KB, bits 1 KB.
 // Operations a row: K N MAC of 4 bit (8 bit on sm_90), then N (2 + rank + 2 width) others; bytes a row: x and y.
 #include "integer.cuh"
 
@@ -17,6 +18,11 @@
 #define OUTLIERS 2
 #define CHANNELS 64   // of a round
 #define TINY 1.17549435e-38f
+#define EVEN 12582912.0f  // 1.5 * 2^23
+#define BATCH 4
+
+// The lowest bytes of four words.
+DEV u32 bytes_of(u32 a, u32 b, u32 c, u32 d) { return pick_bytes(pick_bytes(a, b, 0x0040), pick_bytes(c, d, 0x0040), 0x5410); }
 
 DEV double lane_xor_double(double v, int mask) {
   u64 bits;
@@ -29,7 +35,7 @@ DEV double lane_xor_double(double v, int mask) {
 
 struct Rows {  // a warp's part of shared memory
   u32* codes;         // [K / 64][MT][A_WORDS][32][4]
-  u32* x;             // [K][8][MT]: rows r and r + 8 of a tile as bf16; null where no branch needs it
+  u32* x;             // [MT][8][row_words]: rows r and r + 8 of a tile as bf16; null where no branch needs it
   u8* outlier;        // [16 MT][K / 8]
   float* scale;       // [16 MT]
   int* zero;          // [16 MT]
@@ -47,87 +53,108 @@ DEV void load8(float (&v)[8], const void* x, u64 at, int flags) {
   }
 }
 
+// Where element k of a row lies in its part of Rows.x. Lanes that write 8 k each, and lanes (r, l) that read rows r at
+// 2 l, meet in different banks.
+DEV int place_of(int k, int K) { return (k & 7) * ((K >> 3) + 4) + (k >> 3); }
+DEV int row_words(int K) { return K + 33; }
+
 // Rows first .. first + 16 MT - 1 into `to`; rows beyond M are zeros. tau [K], or factor: sigma / sqrt(K), or neither.
 template <int MT, bool ASYMMETRIC>
 DEV void take_rows(const Rows& to, const void* x, const float* tau, const double* factor, int first, int M, int K, int flags,
                    int lane) {
   int width = 8;  // lanes a row
   while (width < 32 && width * 8 < K) width *= 2;
-  const int part = lane & (width - 1), chunks = (K + width * 8 - 1) / (width * 8);
+  const int part = lane & (width - 1), chunks = (K + width * 8 - 1) / (width * 8), together = 32 / width;
+  const bool outliers = flags & OUTLIERS;
 #pragma unroll 1
-  for (int base = 0; base < 16 * MT; base += 32 / width) {
-    const int row = base + lane / width;
-    const u64 at = (u64)(first + row) * K;
-    const bool real = first + row < M;
-    auto load = [&](float (&v)[8], int k) {
-      if (real && k < K) load8(v, x, at + k, flags);
-      else
+  for (int base = 0; base < 16 * MT; base += BATCH * together) {  // the loads of so many rows wait together
+    float v[BATCH][8], limit[BATCH], least[BATCH], most[BATCH], broken[BATCH];
+    auto row_of = [&](int b) { return base + b * together + lane / width; };
+    auto load = [&](int c) {
+      const int k = (c * width + part) * 8;
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = 0;
+      for (int b = 0; b < BATCH; b++) {
+        if (first + row_of(b) < M && k < K) load8(v[b], x, (u64)(first + row_of(b)) * K + k, flags);
+        else
+#pragma unroll
+          for (int i = 0; i < 8; i++) v[b][i] = 0;
+      }
     };
-    float v[8], limit = 0;
+    auto inlier = [&](int b, int i, int k) { return !outliers || fabsf(v[b][i]) <= (tau ? tau[min(k + i, K - 1)] : limit[b]); };
     if (factor) {
-      double sum = 0;
+      double sum[BATCH];
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) sum[b] = 0;
       for (int c = 0; c < chunks; c++) {
-        load(v, (c * width + part) * 8);
+        load(c);
 #pragma unroll
-        for (int i = 0; i < 8; i++) sum += (double)v[i] * (double)v[i];
+        for (int b = 0; b < BATCH; b++)
+#pragma unroll
+          for (int i = 0; i < 8; i++) sum[b] += (double)v[b][i] * (double)v[b][i];
       }
-      for (int mask = width / 2; mask; mask /= 2) sum += lane_xor_double(sum, mask);
-      limit = (float)(sqrt(sum) * *factor);
+      for (int mask = width / 2; mask; mask /= 2)
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) sum[b] += lane_xor_double(sum[b], mask);
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) limit[b] = (float)(sqrt(sum[b]) * *factor);
     }
-    const bool outliers = flags & OUTLIERS;
-    auto inlier = [&](float value, int k) { return !outliers || fabsf(value) <= (tau ? tau[min(k, K - 1)] : limit); };
-    float least = 0, most = 0, broken = 0;
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) least[b] = most[b] = broken[b] = 0;
+    for (int c = 0; c < chunks; c++) {
+      if (chunks > 1 || !factor) load(c);
+#pragma unroll
+      for (int b = 0; b < BATCH; b++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          if (!(fabsf(v[b][i]) < 3.4028236e38f)) broken[b] = 1;
+          const float t = inlier(b, i, (c * width + part) * 8) ? v[b][i] : 0.0f;
+          if (ASYMMETRIC) least[b] = fminf(least[b], t);
+          most[b] = fmaxf(most[b], ASYMMETRIC ? t : fabsf(t));
+        }
+    }
+    for (int mask = width / 2; mask; mask /= 2)
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        if (ASYMMETRIC) least[b] = fminf(least[b], lane_xor(least[b], mask));
+        most[b] = fmaxf(most[b], lane_xor(most[b], mask)), broken[b] = fmaxf(broken[b], lane_xor(broken[b], mask));
+      }
+    float inverse[BATCH];
+    int zero[BATCH];
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {  // one rounding an operation, as quant/linear.py has it
+      const float scale = fmaxf(ASYMMETRIC ? mul_rn(add_rn(most[b], -least[b]), 1.0f / 15) : mul_rn(most[b], 1.0f / 7), TINY);
+      inverse[b] = reciprocal(scale), zero[b] = ASYMMETRIC ? (int)rintf(mul_rn(least[b], inverse[b])) : 0;
+      if (part == 0) to.scale[row_of(b)] = broken[b] > 0 ? as_float(0x7fffffffu) : scale, to.zero[row_of(b)] = zero[b];
+    }
     for (int c = 0; c < chunks; c++) {
       const int k = (c * width + part) * 8;
-      load(v, k);
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        if (!(fabsf(v[i]) < 3.4028236e38f)) broken = 1;
-        const float t = inlier(v[i], k + i) ? v[i] : 0.0f;
-        least = fminf(least, ASYMMETRIC ? t : -fabsf(t)), most = fmaxf(most, ASYMMETRIC ? t : fabsf(t));
-      }
-    }
-    for (int mask = width / 2; mask; mask /= 2) {
-      least = fminf(least, lane_xor(least, mask)), most = fmaxf(most, lane_xor(most, mask));
-      broken = fmaxf(broken, lane_xor(broken, mask));
-    }
-    // one rounding an operation, as quant/linear.py has it
-    const float scale = fmaxf(ASYMMETRIC ? mul_rn(add_rn(most, -least), 1.0f / 15) : mul_rn(most, 1.0f / 7), TINY);
-    const float inverse = reciprocal(scale);
-    const int zero = ASYMMETRIC ? (int)rintf(mul_rn(least, inverse)) : 0;
-    if (part == 0) to.scale[row] = broken > 0 ? as_float(0x7fffffffu) : scale, to.zero[row] = zero;
-    const int tile = row >> 4, inside = row & 15;
-    for (int c = 0; c < chunks; c++) {
-      const int k = (c * width + part) * 8;
-      load(v, k);
+      if (chunks > 1) load(c);
       if (k >= K) continue;
-      u32 nibbles = 0, even = 0, odd = 0, bits = 0;
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const bool in = inlier(v[i], k + i);
-        const float rounded = fminf(fmaxf(rintf(mul_rn(in ? v[i] : 0.0f, inverse)), -15.0f), 15.0f);
-        const int code = ASYMMETRIC ? min((int)rounded - zero, 15) : max(min((int)rounded, 7), -7);
-        bits |= (u32)!in << i;
-#if NATIVE
-        nibbles |= (u32)(code & 15) << 4 * i;
-#else
-        if (i & 1) odd |= (u32)(code & 255) << 4 * (i - 1);
-        else even |= (u32)(code & 255) << 4 * i;
-#endif
-      }
-#if NATIVE
-      to.codes[code_word(MT, tile, inside, k, 0)] = nibbles;
-#else
-      to.codes[code_word(MT, tile, inside, k, 0)] = even;
-      to.codes[code_word(MT, tile, inside, k, 1)] = odd;
-#endif
-      to.outlier[row * (K >> 3) + (k >> 3)] = (u8)bits;
-      if (to.x) {
-        u16* column = (u16*)to.x + ((u64)k * 8 + (inside & 7)) * MT * 2 + tile * 2 + (inside >> 3);
+      for (int b = 0; b < BATCH; b++) {
+        u32 code[8], bits = 0;
 #pragma unroll
-        for (int i = 0; i < 8; i++) column[i * 16 * MT] = to_bf16(v[i]);
+        for (int i = 0; i < 8; i++) {
+          const bool in = inlier(b, i, k);
+          bits |= (u32)!in << i;
+          // half to even; of a row that is not broken the code is within its limits, and lies in the lowest bits of the sum
+          code[i] = bits_of(add_rn(mul_rn(in ? v[b][i] : 0.0f, inverse[b]), EVEN));
+          if (ASYMMETRIC) code[i] = (u32)min((int)(code[i] - bits_of(EVEN)) - zero[b], 15);
+        }
+        const int row = row_of(b), tile = row >> 4, inside = row & 15;
+        const u32 even = bytes_of(code[0], code[2], code[4], code[6]), odd = bytes_of(code[1], code[3], code[5], code[7]);
+#if NATIVE
+        to.codes[code_word(MT, tile, inside, k, 0)] = (even & 0x0f0f0f0fu) | (odd & 0x0f0f0f0fu) << 4;
+#else
+        to.codes[code_word(MT, tile, inside, k, 0)] = even;
+        to.codes[code_word(MT, tile, inside, k, 1)] = odd;
+#endif
+        to.outlier[row * (K >> 3) + (k >> 3)] = (u8)bits;
+        if (to.x) {
+          u16* at = (u16*)(to.x + (tile * 8 + (inside & 7)) * row_words(K) + place_of(k, K)) + (inside >> 3);
+#pragma unroll
+          for (int i = 0; i < 8; i++) at[2 * place_of(i, K)] = to_bf16(v[b][i]);
+        }
       }
     }
   }
@@ -146,8 +173,8 @@ DEV void project(uint4 (&t)[2][MT], const Rows& rows, const uint4* down, int K, 
     uint4 a[MT];
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
-      const u32 *k0 = rows.x + ((ks * 16 + 2 * l) * 8 + r) * MT + mt, *k8 = k0 + 64 * MT;
-      const u32 x0 = k0[0], x1 = k0[8 * MT], x8 = k8[0], x9 = k8[8 * MT];
+      const u32* k0 = rows.x + (mt * 8 + r) * row_words(K) + place_of(2 * l, K) + 2 * ks;
+      const u32 x0 = k0[0], x1 = k0[place_of(1, K)], x8 = k0[1], x9 = k0[place_of(1, K) + 1];
       a[mt] = make_uint4(pick_bytes(x0, x1, 0x5410), pick_bytes(x0, x1, 0x7632), pick_bytes(x8, x9, 0x5410), pick_bytes(x8, x9, 0x7632));
     }
 #pragma unroll
@@ -177,7 +204,7 @@ DEV void add_outliers(float (&v)[MT][8][4], int tile, int hi, const Rows& rows, 
   for (int w = 0; w < K >> 5; w++)
     for (u32 left = bits[w]; left; left &= left - 1) {
       const int k = w * 32 + bit_count((left & (0u - left)) - 1);
-      const u32 pair = rows.x[(k * 8 + r) * MT + tile];
+      const u32 pair = rows.x[(tile * 8 + r) * row_words(K) + place_of(k, K)];
       const float x = hi ? high(pair) : low(pair);
       const uint2 c = codes_t[((u64)k * (N / CHANNELS) + n0 / CHANNELS) * 4 + l];
 #pragma unroll
@@ -200,7 +227,7 @@ DEV void linear(const void* x, void* y, const uint4* __restrict__ w, const uint2
   const int warp = THREAD >> 5, lane = THREAD & 31, r = lane >> 2, l = lane & 3;
   const bool branches = ranks || width || flags & OUTLIERS;
   Rows rows;
-  const int codes = K * 8 * MT * A_WORDS, transposed = branches ? K * 32 * MT : 0, bits = K * 2 * MT;
+  const int codes = K * 8 * MT * A_WORDS, transposed = branches ? row_words(K) * 32 * MT : 0, bits = K * 2 * MT;
   u8* own = shared + warp * (codes + transposed + bits + 128 * MT);
   rows.codes = (u32*)own, own += codes;
   rows.x = branches ? (u32*)own : (u32*)0, own += transposed;
@@ -219,21 +246,22 @@ DEV void linear(const void* x, void* y, const uint4* __restrict__ w, const uint2
 #pragma unroll
     for (int hi = 0; hi < 2; hi++) scale[mt][hi] = rows.scale[mt * 16 + hi * 8 + r], zero[mt][hi] = rows.zero[mt * 16 + hi * 8 + r];
 
+  uint4 b[4];
+  auto load_weights = [&](uint4 (&to)[4], int ks, int n0) {  // [K / 64][N / 16][32]
+#pragma unroll
+    for (int np = 0; np < 4; np++) to[np] = load16(w + (ks * (N >> 4) + (n0 >> 4) + np) * 32 + lane);
+  };
+  load_weights(b, 0, 0);
 #pragma unroll 1
   for (int n0 = 0; n0 < N; n0 += CHANNELS) {
     int acc[MT][8][4];
 #pragma unroll
     for (int i = 0; i < MT * 32; i++) acc[i >> 5][i >> 2 & 7][i & 3] = 0;
-    const uint4* from = w + (n0 >> 4) * 32 + lane;  // [K / 64][N / 16][32]
-    uint4 b[4];
-#pragma unroll
-    for (int np = 0; np < 4; np++) b[np] = load16(from + np * 32);
 #pragma unroll 1
     for (int ks = 0; ks < K >> 6; ks++) {
       uint4 next[4];
-      const int ahead = min(ks + 1, (K >> 6) - 1);
-#pragma unroll
-      for (int np = 0; np < 4; np++) next[np] = load16(from + (ahead * (N >> 4) + np) * 32);
+      const bool last = ks + 1 == K >> 6;
+      load_weights(next, last ? 0 : ks + 1, last ? min(n0 + CHANNELS, N - CHANNELS) : n0);
 #pragma unroll
       for (int mt = 0; mt < MT; mt++) {
         uint4 a[A_WORDS];
@@ -284,7 +312,8 @@ DEV void linear(const void* x, void* y, const uint4* __restrict__ w, const uint2
         const uint2 entry = sparse[(j * N + n) >> 1];  // of channels n and n + 1: k, and the value as bf16 above it
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
-          const u32 x0 = rows.x[((entry.x & 0xffff) * 8 + r) * MT + mt], x1 = rows.x[((entry.y & 0xffff) * 8 + r) * MT + mt];
+          const u32* own = rows.x + (mt * 8 + r) * row_words(K);
+          const u32 x0 = own[place_of(entry.x & 0xffff, K)], x1 = own[place_of(entry.y & 0xffff, K)];
           side[mt][0] = fmaf(low(x0), high(entry.x), side[mt][0]), side[mt][1] = fmaf(low(x1), high(entry.y), side[mt][1]);
           side[mt][2] = fmaf(high(x0), high(entry.x), side[mt][2]), side[mt][3] = fmaf(high(x1), high(entry.y), side[mt][3]);
         }

@@ -68,7 +68,7 @@ def native(arch: str) -> bool:
 
 def _shared(length: int, tiles: int, branches: bool, arch: str) -> int:
     """Bytes of shared memory of a warp with 16 `tiles` rows."""
-    return tiles * (length * (8 if native(arch) else 16) + length * 32 * branches + length * 2 + 128)
+    return tiles * (length * (8 if native(arch) else 16) + (length + 33) * 32 * branches + length * 2 + 128)
 
 
 def supports(
