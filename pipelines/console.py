@@ -97,7 +97,7 @@ def run(app: typer.Typer) -> None:
             as_json,
         )
     except BrokenPipeError:  # the reader of our stdout went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), _stdout.fileno())
+        _reader_left()
         code = EXIT_FAILED
     except OSError as e:
         if e.filename is None:
@@ -125,4 +125,12 @@ def _refuse(message: str, kind: str, code: int, as_json: bool) -> int:
 
 def _write_error(message: str, kind: str, code: int) -> None:
     document = {"error": {"type": kind, "message": message, "exit_code": code}}
-    _stdout.write(json.dumps(document, indent=1) + "\n")
+    try:
+        _stdout.write(json.dumps(document, indent=1) + "\n")
+    except BrokenPipeError:  # stderr and the exit code still say it
+        _reader_left()
+
+
+def _reader_left() -> None:
+    """Let what is still to be flushed go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _stdout.fileno())

@@ -33,10 +33,10 @@ FAILURES = [
 ]
 
 
-def _run(body: str, *args: str) -> subprocess.CompletedProcess[str]:
+def _run(body: str, *args: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "COLUMNS": "60"}
     program = [sys.executable, "-c", PROGRAM.format(body=body), *args]
-    return subprocess.run(program, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(program, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(("body", "code", "word"), FAILURES)
@@ -47,6 +47,17 @@ def test_a_program_gets_one_document_and_the_exit_code_whatever_goes_wrong(
     error = json.loads(ended.stdout)["error"]
     assert (ended.returncode, error["exit_code"]) == (code, code)
     assert word in error["message"]
+
+
+@pytest.mark.parametrize(("body", "code", "word"), FAILURES[:3])
+def test_a_program_that_went_away_changes_neither_the_code_nor_what_a_person_reads(
+    body: str, code: int, word: str
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = _run(body, "--json", stdout=writer)
+    os.close(writer)
+    assert ended.returncode == code and word in ended.stderr and "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(("body", "code", "word"), FAILURES[:3])
