@@ -11,6 +11,7 @@ Codes, in float32 with one rounding per operation, t the token without its outli
     fp8          s = max|t| * (1/448),                          q = e4m3(clamp(t * (1/s), -448, 448))
     log          s = max(t, 0),  q = the power of 2^(-1/4) nearest in the exponent to t * (1/s), of 2^bits - 1 of them; 0 below
     static       the same with the table's low and high in place of the token's smallest and largest entry
+    group        as above, of each group of a token's entries
     one          s = 1 (fp8 only)
 with top = 2^(bits-1) - 1, levels = 2^bits - 1, s at least the smallest normal number.
 The constants 1/top, 1/levels and 1/448 are factors because a GPU divides by a constant in another way than a CPU.

@@ -105,8 +105,7 @@ class QuantLinear(nn.Module):
             x = torch.addmm(x, z, self.basis.T, alpha=-1)
         inner = x if self.inner_channels is None else x * self.inner_channels
         inliers, outliers = split_outliers(inner, self.recipe, self.tau)
-        q, s = quantize(inliers, self.recipe, *self._range())
-        y = self._main(q, s, outliers)
+        y = self._main(inliers, outliers)
         if self.up is not None:
             y = F.linear(y, self.up)
         if z is not None and self.basis_up is not None:
@@ -119,17 +118,23 @@ class QuantLinear(nn.Module):
             y.addmm_(x.index_select(1, self.columns), self.column_value.T)
         return y if self.bias is None else y.add_(self.bias)
 
-    def _main(self, q: Tensor, s: Tensor, outliers: Tensor | None) -> Tensor:
-        """(s q + x_S) (scale codes)^T, float32[M, N]."""
+    def _main(self, x: Tensor, outliers: Tensor | None) -> Tensor:
+        """(s Q(x) + x_S) (scale codes)^T, float32[M, N]. x: the inliers."""
         assert self.codes is not None and self.scale is not None
+        low, high = self._range()
         if self.scale.ndim == 1:
+            q, s = quantize(x, self.recipe, low, high)
             return self._term(q, s, outliers, self.codes).mul_(self.scale)
-        group = self.recipe.weight_group
-        pieces = zip(q.split(group, dim=1), self.codes.split(group, dim=1), self.scale.unbind(1), strict=True)
-        y = torch.zeros(q.shape[0], self.codes.shape[0], device=q.device)
-        for i, (q_piece, w_piece, scale) in enumerate(pieces):
-            out_piece = None if outliers is None else outliers[:, i * group : (i + 1) * group]
-            y.addcmul_(self._term(q_piece, s, out_piece, w_piece), scale)
+        y = torch.zeros(x.shape[0], self.codes.shape[0], device=x.device)
+        if self.recipe.act_scale != "group":
+            x, s = quantize(x, self.recipe, low, high)
+        for i, scale in enumerate(self.scale.unbind(1)):
+            piece = slice(i * self.recipe.weight_group, (i + 1) * self.recipe.weight_group)
+            q = x[:, piece]
+            if self.recipe.act_scale == "group":
+                q, s = quantize(q, self.recipe, None, None)
+            out_piece = None if outliers is None else outliers[:, piece]
+            y.addcmul_(self._term(q, s, out_piece, self.codes[:, piece]), scale)
         return y
 
     def _term(self, q: Tensor, s: Tensor, outliers: Tensor | None, w: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "column_choice": ("activation", "weight"),
     "premul": ("none", "smooth", "hadamard", "duquant"),
     "act_format": ("int", "fp8", "log"),
-    "act_scale": ("token", "static", "one"),
+    "act_scale": ("token", "group", "static", "one"),
     "act_range": ("absmax", "mse", "quantile"),
     "act_groups": ("equal", "learned", "smooth"),
     "calibration": ("none", "uniform", "skewed"),
@@ -67,7 +67,8 @@ class Recipe:
     columns: whole input channels C kept in 16 bit with their activations, by `column_choice`.
     premul, smooth_strength: the transform T of the input.
     act_format: "int", "fp8", or "log" (powers of 2^(1/4), for inputs that are never negative).
-    act_scale: one per "token", at run time; a "static" table per time bin; or "one" (fp8).
+    act_scale: at run time one per "token", or one per token and "group" of inputs, those of the weight; a "static" table
+    per time bin; or "one" (fp8).
     act_bins, act_range, act_groups: of the static table: how many time bins, how a bin's range is chosen, and whether
     bins are of "equal" length, "learned" by clustering, or every time has its own entry of a "smooth" function.
     calibration: how diffusion times of the calibration pass are drawn; "none" if nothing here needs one.
@@ -182,6 +183,8 @@ class Recipe:
             ("learned groups are at least two, a smooth table has an entry for every time and no bins",
              {"equal": False, "learned": self.act_bins < 2, "smooth": self.act_bins != 1}[self.act_groups]),
             ("act_scale one needs fp8 inputs", self.act_scale == "one" and self.act_format != "fp8"),
+            ("a scale a group of inputs needs groups of weights and integer inputs",
+             self.act_scale == "group" and not (self.weight_group and self.act_format == "int")),
             ("a scale of the inputs needs low-bit inputs", self.act_scale != "token" and not act),
             (f"act_bins is at least 1, not {self.act_bins}", self.act_bins < 1),
             ("time bins, ranges and groups belong to a static scale",

@@ -48,9 +48,9 @@ def _smoothquant(weight_bits: int, act_bits: int) -> Recipe:
 def _svdquant(rank: int) -> Recipe:
     return Recipe(
         f"svdquant-w4a4-r{rank}", 4, 4, rank=rank, solver="svd", premul="smooth", weight_group=64, weight_clip="mse",
-        calibration="uniform",
-        summary=f"smoothed inputs, rank {rank} in 16 bit, 4-bit remainder in groups of 64",
-        source="Li et al., SVDQuant, ICLR 2025; activations per token in the place of groups of 64",
+        act_scale="group", calibration="uniform", version=2,
+        summary=f"smoothed inputs, rank {rank} in 16 bit, 4-bit remainder and inputs in groups of 64",
+        source="Li et al., SVDQuant, ICLR 2025; one smoothing strength for all layers",
         cost=f"largest values of {SEEN}; a rank-{rank} product in 16 bit and one multiplication per input",
     )  # fmt: skip
 

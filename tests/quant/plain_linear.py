@@ -194,6 +194,15 @@ def activation_codes(t, recipe, low=None, high=None):
     return np.clip(np.rint(ratio), *ends).astype(np.int64), scale, border
 
 
+def grouped_codes(t, recipe):
+    """`activation_codes` of each group of the weight's; scale float32[M, in]."""
+    pieces = [
+        activation_codes(t[:, j : j + recipe.weight_group], recipe) for j in range(0, t.shape[1], recipe.weight_group)
+    ]
+    codes, borders = (np.concatenate([p[k] for p in pieces], axis=1) for k in (0, 2))
+    return codes, np.concatenate([np.repeat(s, q.shape[1], axis=1) for q, s, _ in pieces], axis=1), borders
+
+
 def outliers_of(x, recipe, tau):
     if recipe.outlier_budget:
         order = np.argsort(-np.abs(x), axis=1, kind="stable")[:, : recipe.outlier_budget]
@@ -252,12 +261,13 @@ def expected(x, parts, bias, recipe, tau=None, t=None):
     if parts.act_low is not None:
         entry = int(parts.bin_of_t[t])
         ends = (parts.act_low.numpy()[entry], parts.act_high.numpy()[entry])
-    q, scale, border = activation_codes(inliers, recipe, *ends)
+    grouped = recipe.act_scale == "group"
+    q, scale, border = grouped_codes(inliers, recipe) if grouped else activation_codes(inliers, recipe, *ends)
     met = inliers.astype(np.float64) if not recipe.cross_product else wide
     if recipe.remainder:
         codes, step = main_codes(parts)
         d, size = codes * step, np.abs(codes * step)
-        main = q @ d.T * scale.astype(np.float64) + outliers.astype(np.float64) @ d.T
+        main = q * scale.astype(np.float64) @ d.T + outliers.astype(np.float64) @ d.T
         if parts.deflated:
             wide = x.astype(np.float64) @ transform_matrix(parts).T
         rest = wide @ low_rank_of(parts).T + met @ s.T
