@@ -309,11 +309,11 @@ DEV void linear(const void* x, void* y, const uint4* __restrict__ w, const uint2
           for (int mt = 0; mt < MT; mt++) mma(side[mt], t[part][mt], u.x, u.y, side[mt]);
         }
       for (int j = 0; j < width; j++) {
-        const uint2 entry = sparse[(j * N + n) >> 1];  // of channels n and n + 1: k, and the value as bf16 above it
+        const uint2 entry = sparse[(j * N + n) >> 1];  // of channels n and n + 1: the place of k, above it the value as bf16
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
           const u32* own = rows.x + (mt * 8 + r) * row_words(K);
-          const u32 x0 = own[place_of(entry.x & 0xffff, K)], x1 = own[place_of(entry.y & 0xffff, K)];
+          const u32 x0 = own[entry.x & 0xffff], x1 = own[entry.y & 0xffff];
           side[mt][0] = fmaf(low(x0), high(entry.x), side[mt][0]), side[mt][1] = fmaf(low(x1), high(entry.y), side[mt][1]);
           side[mt][2] = fmaf(high(x0), high(entry.x), side[mt][2]), side[mt][3] = fmaf(high(x1), high(entry.y), side[mt][3]);
         }

@@ -140,7 +140,7 @@ def pack(
     return Int4Linear(
         n, k, length, asymmetric, sigma is not None or tau is not None,
         words.contiguous().to(device), codes_t.contiguous().to(device), vec.to(device), full.sum(1).to(torch.int32).to(device),
-        there(limits), there(factor), there(down), there(up), there(_lists(sparse)),
+        there(limits), there(factor), there(down), there(up), there(_lists(sparse, length)),
     )  # fmt: skip
 
 
@@ -149,8 +149,10 @@ def _nibbles(values: Tensor) -> Tensor:
     return (values[..., 0::2] & 15 | (values[..., 1::2] & 15) << 4).to(torch.uint8)
 
 
-def _lists(sparse: Tensor | None) -> Tensor | None:
-    """Lists of fixed width: int32[width, out], the input channel and above it the value as bf16; 0 where a row has fewer."""
+def _lists(sparse: Tensor | None, length: int) -> Tensor | None:
+    """Lists of fixed width: int32[width, out], the input's place in a row (place_of in int4.cu) and above it the value as
+    bf16; 0 where a row has fewer.
+    """
     if sparse is None or not bool(sparse.any()):
         return None
     s = sparse.float().cpu()
@@ -158,7 +160,8 @@ def _lists(sparse: Tensor | None) -> Tensor | None:
     # entries first, in the order of channels, then whatever is zero
     order = torch.argsort((s == 0).to(torch.int8), dim=1, stable=True)[:, :width]
     values = s.gather(1, order).to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
-    word = torch.where(values == 0, 0, order | values << 16)
+    place = (order & 7) * (length // 8 + 4) + (order >> 3)
+    word = torch.where(values == 0, 0, place | values << 16)
     return torch.where(word >= 2**31, word - 2**32, word).T.to(torch.int32)
 
 
