@@ -5,7 +5,6 @@ Knows nothing of: layers, divergences.
 """
 
 import logging
-import multiprocessing
 import os
 import time
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from bitdgdm.pipelines.campaign import load_campaign
 from bitdgdm.pipelines.measure import Rows, reference_profile
 from bitdgdm.pipelines.model_files import ModelFile
 from bitdgdm.pipelines.progress import ProgressBar
-from bitdgdm.tasks.score_unit import Scoring
+from bitdgdm.tasks.score_unit import Scoring, processes
 
 _SAMPLED_AT_ONCE = {"cpu": 64, "cuda": 2048, "kernels": 8192}
 _WORTH_A_POOL = 512  # molecules; processes take seconds to start
@@ -87,8 +86,7 @@ def judge_samples(
 
 
 def _pool() -> ProcessPoolExecutor:
-    # spawn: a forked child would inherit CUDA state that it can't use
-    return ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), processes())
 
 
 def _draw(model: ModelFile, asked: Asked, quiet: bool) -> tuple[pa.Table, float]:

@@ -32,7 +32,7 @@ from bitdgdm.models.digress import DigressConfig
 from bitdgdm.models.engine import Engine, hardware_name, load_engine
 from bitdgdm.models.novelty import ReferenceSet
 from bitdgdm.models.sampler import sample_batches
-from bitdgdm.tasks.score_unit import Scorer, Scoring, to_shard
+from bitdgdm.tasks.score_unit import Scorer, Scoring, processes, to_shard
 
 log = logging.getLogger("bitdgdm.sample")
 REPORT_EVERY_S = 1.0
@@ -71,6 +71,8 @@ class UnitWorker:
         self._job = job
         self._report = report
         self._store: Store = open_store(job.out)
+        if job.score_processes > 1:
+            processes()  # they are ready when the engine is
         self._engine: Engine = open_engine(self._store, job)
         self._config: DigressConfig = self._engine.config
         reference = open_reference(self._store, job)

@@ -8,12 +8,14 @@ Knows nothing of: how the graphs were sampled, where the shard goes.
 import io
 import json
 import multiprocessing
+import multiprocessing.context
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any
 
 import numpy as np
@@ -56,8 +58,6 @@ def _begin(scoring: Scoring) -> None:
     global _scoring
     _scoring = scoring
     threading.Thread(target=_end_with_parent, daemon=True, name="end-with-parent").start()
-    one_atom = Graphs(torch.ones(1, dtype=torch.int64), *(torch.zeros([1] * k, dtype=torch.int8) for k in (2, 3)))
-    scoring.table(one_atom, 0)  # the catalogues of alerts are read now
 
 
 def _end_with_parent() -> None:
@@ -78,6 +78,18 @@ def _arrays(graphs: Graphs) -> list[np.ndarray]:
     return [t.numpy().copy() for t in (graphs.n, graphs.X, graphs.E)]
 
 
+def processes() -> multiprocessing.context.BaseContext:
+    """Return the context of scoring processes; starts, if it isn't there, the process that forks them.
+
+    It imports what they need while this one does other things.
+    A child forked from here would inherit CUDA and Ray state that it can't use. One spawned would import PyTorch and
+    RDKit by itself while `submit` waits to hand it the reference set: seconds each, one process after another.
+    """
+    multiprocessing.set_forkserver_preload(["__main__", "bitdgdm.tasks.score_start"])
+    forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
 class Scorer:
     """Scores units in this process, or in `processes` of them when a GPU would wait for RDKit."""
 
@@ -86,11 +98,7 @@ class Scorer:
         self._pool = self._start() if processes > 1 else None
 
     def _start(self) -> ProcessPoolExecutor:
-        # spawn: a forked child would inherit CUDA and Ray state that it can't use
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self._processes, context, initializer=_begin, initargs=(self._scoring,))
-        pool.submit(int)  # they start with the first task: now, while the first unit is sampled
-        return pool
+        return ProcessPoolExecutor(self._processes, processes(), initializer=_begin, initargs=(self._scoring,))
 
     def begin(self, graphs: Graphs, first_id: int) -> Callable[[], pa.Table]:
         """Hand graphs over to the processes; the function returned waits for their rows."""

@@ -42,7 +42,7 @@ def test_a_pool_that_lost_a_process_serves_the_next_attempt() -> None:
     expected = scoring.table(_carbons(300), 5)
     assert scorer.table(_carbons(300), 5) == expected
     for child in psutil.Process().children():
-        if "spawn_main" in " ".join(child.cmdline()):
+        if "forkserver" in " ".join(child.cmdline()):
             child.kill()
     with pytest.raises(BrokenProcessPool):
         scorer.table(_carbons(300), 5)
