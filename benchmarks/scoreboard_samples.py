@@ -89,7 +89,7 @@ def _how(engine: Engine) -> str:
         return "our kernels"
     kinds = {type(m) for m in engine._network.modules()}
     if Int4Layer in kinds:
-        return "one launch a Linear"
+        return "a launch for a layer's edges, one for each other Linear"
     return EMULATED if QuantLinear in kinds else "PyTorch"
 
 

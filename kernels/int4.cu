@@ -1,4 +1,5 @@
-// A Linear in 4-bit weights and 4-bit inputs with all its side branches, in one pass over the input:
+// A Linear in 4-bit weights and 4-bit inputs of more than 256 channels, with all its side branches, in one pass over the
+// input (fewer channels: int4_narrow.cu):
 //
 //     y = s_w (s_x (Q(x_D) codes^T) + x_S codes^T) + x (L R^T + S)^T + b       as quant/linear.py defines it
 //
@@ -12,26 +13,10 @@
 // Nothing is summed by atomics, no list has a length that x decides: a row's result depends on the row alone.
 // Shared memory of a warp of 32 rows, K = 256: codes 4 KB (8 KB unpacked), x 18 KB, bits 1 KB.
 // Operations a row: K N MAC of 4 bit (8 bit on sm_90), then N (2 + rank + 2 width) others; bytes a row: x and y.
-#include "integer.cuh"
+#include "int4.cuh"
 
-#define BF16_INPUT 1  // flags
-#define OUTLIERS 2
 #define CHANNELS 64   // of a round
-#define TINY 1.17549435e-38f
-#define EVEN 12582912.0f  // 1.5 * 2^23
 #define BATCH 4
-
-// The lowest bytes of four words.
-DEV u32 bytes_of(u32 a, u32 b, u32 c, u32 d) { return pick_bytes(pick_bytes(a, b, 0x0040), pick_bytes(c, d, 0x0040), 0x5410); }
-
-DEV double lane_xor_double(double v, int mask) {
-  u64 bits;
-  memcpy(&bits, &v, 8);
-  const u32 lo = bits_of(lane_xor(as_float((u32)bits), mask)), hi = bits_of(lane_xor(as_float((u32)(bits >> 32)), mask));
-  bits = (u64)hi << 32 | lo;
-  memcpy(&v, &bits, 8);
-  return v;
-}
 
 struct Rows {  // a warp's part of shared memory
   u32* codes;         // [K / 64][MT][A_WORDS][32][4]
@@ -40,18 +25,6 @@ struct Rows {  // a warp's part of shared memory
   float* scale;       // [16 MT]
   int* zero;          // [16 MT]
 };
-
-DEV void load8(float (&v)[8], const void* x, u64 at, int flags) {
-  if (flags & BF16_INPUT) {
-    const uint4 p = load16((const u16*)x + at);
-    v[0] = low(p.x), v[1] = high(p.x), v[2] = low(p.y), v[3] = high(p.y);
-    v[4] = low(p.z), v[5] = high(p.z), v[6] = low(p.w), v[7] = high(p.w);
-  } else {
-    const uint4 p = load16((const float*)x + at), q = load16((const float*)x + at + 4);
-    v[0] = as_float(p.x), v[1] = as_float(p.y), v[2] = as_float(p.z), v[3] = as_float(p.w);
-    v[4] = as_float(q.x), v[5] = as_float(q.y), v[6] = as_float(q.z), v[7] = as_float(q.w);
-  }
-}
 
 // Where element k of a row lies in its part of Rows.x. Lanes that write 8 k each, and lanes (r, l) that read rows r at
 // 2 l, meet in different banks.
@@ -74,8 +47,11 @@ DEV void take_rows(const Rows& to, const void* x, const float* tau, const double
       const int k = (c * width + part) * 8;
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
-        if (first + row_of(b) < M && k < K) load8(v[b], x, (u64)(first + row_of(b)) * K + k, flags);
-        else
+        const u64 at = (u64)(first + row_of(b)) * K + k;
+        if (first + row_of(b) < M && k < K) {
+          if (flags & BF16_INPUT) unpack8(v[b], load16((const u16*)x + at));
+          else load8(v[b], (const float*)x + at);
+        } else
 #pragma unroll
           for (int i = 0; i < 8; i++) v[b][i] = 0;
       }
@@ -121,9 +97,9 @@ DEV void take_rows(const Rows& to, const void* x, const float* tau, const double
     float inverse[BATCH];
     int zero[BATCH];
 #pragma unroll
-    for (int b = 0; b < BATCH; b++) {  // one rounding an operation, as quant/linear.py has it
-      const float scale = fmaxf(ASYMMETRIC ? mul_rn(add_rn(most[b], -least[b]), 1.0f / 15) : mul_rn(most[b], 1.0f / 7), TINY);
-      inverse[b] = reciprocal(scale), zero[b] = ASYMMETRIC ? (int)rintf(mul_rn(least[b], inverse[b])) : 0;
+    for (int b = 0; b < BATCH; b++) {
+      float scale;
+      token_scale<ASYMMETRIC>(least[b], most[b], scale, inverse[b], zero[b]);
       if (part == 0) to.scale[row_of(b)] = broken[b] > 0 ? as_float(0x7fffffffu) : scale, to.zero[row_of(b)] = zero[b];
     }
     for (int c = 0; c < chunks; c++) {
@@ -137,9 +113,7 @@ DEV void take_rows(const Rows& to, const void* x, const float* tau, const double
         for (int i = 0; i < 8; i++) {
           const bool in = inlier(b, i, k);
           bits |= (u32)!in << i;
-          // half to even; of a row that is not broken the code is within its limits, and lies in the lowest bits of the sum
-          code[i] = bits_of(add_rn(mul_rn(in ? v[b][i] : 0.0f, inverse[b]), EVEN));
-          if (ASYMMETRIC) code[i] = (u32)min((int)(code[i] - bits_of(EVEN)) - zero[b], 15);
+          code[i] = token_code<ASYMMETRIC>(in ? v[b][i] : 0.0f, inverse[b], zero[b]);
         }
         const int row = row_of(b), tile = row >> 4, inside = row & 15;
         const u32 even = bytes_of(code[0], code[2], code[4], code[6]), odd = bytes_of(code[1], code[3], code[5], code[7]);

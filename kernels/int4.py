@@ -1,15 +1,17 @@
-"""A Linear of 4-bit weights and 4-bit inputs with its side branches, as one launch (int4.cu).
+"""A Linear of 4-bit weights and 4-bit inputs with its side branches, as one launch (int4_narrow.cu, int4.cu).
 
 Guarantees: the integer part is exact, so the result without branches is QuantLinear's to the last bit, on every GPU;
 a row's result depends on the row alone. sm_80, 86 and 89 multiply 4-bit codes as they are; sm_90 and later, whose
-4-bit product is emulated, unpack them to 8 bit in registers and get the same integers.
+4-bit product is emulated, unpack them to 8 bit in registers and get the same integers. Up to 256 channels the branches
+L R^T + S are one dense bf16 matrix on the device, which tensor cores multiply faster than lists are walked; beyond, factors
+and lists.
 Knows nothing of: recipes, networks, which Linear this is.
 
     y = s_w (s_x (Q(x_D) codes^T) + x_S codes^T) + x (L R^T + S)^T + b
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from bitdgdm.kernels.launch import Launcher
 from bitdgdm.kernels.pack import pack_weight
 
 STEP, ROUND = 64, 64  # inner length of a product's step, channels of a round
+NARROW = (64, 128, 256)  # inner lengths of int4_narrow.cu
 MOST_RANK = 32
 _BF16, _OUTLIERS = 1, 2  # flags of int4.cu
 _WARPS = 4
@@ -27,7 +30,8 @@ _WARPS = 4
 class Int4Linear:
     """A Linear packed for the kernel, on its device; None where there is no such part. Layouts: see int4.cu.
 
-    `length` is the inner length, padded to whole steps; a shorter input is padded too.
+    `length` is the inner length, padded to a narrow one or whole steps; a shorter input is padded too. A narrow Linear has
+    `side`, a longer one codes_t, up, down and sparse.
     """
 
     out_features: int
@@ -36,19 +40,20 @@ class Int4Linear:
     asymmetric: bool
     outliers: bool
     words: Tensor
-    codes_t: Tensor
     vec: Tensor
     row_sums: Tensor
     tau: Tensor | None
     factor: Tensor | None
-    down: Tensor | None
-    up: Tensor | None
-    sparse: Tensor | None
+    side: Tensor | None = None
+    codes_t: Tensor | None = None
+    down: Tensor | None = None
+    up: Tensor | None = None
+    sparse: Tensor | None = None
 
     @property
     def branches(self) -> bool:
         """Whether the input itself is needed beside its codes."""
-        return self.outliers or self.up is not None or self.sparse is not None
+        return self.outliers or self.side is not None or self.up is not None or self.sparse is not None
 
     @property
     def width(self) -> int:
@@ -66,8 +71,13 @@ def native(arch: str) -> bool:
     return arch.startswith("8")
 
 
+def _length(in_features: int) -> int:
+    """Channels that the kernels see."""
+    return next((n for n in NARROW if in_features <= n), -(-in_features // STEP) * STEP)
+
+
 def _shared(length: int, tiles: int, branches: bool, arch: str) -> int:
-    """Bytes of shared memory of a warp with 16 `tiles` rows."""
+    """Bytes of shared memory of a warp of int4.cu with 16 `tiles` rows."""
     return tiles * (length * (8 if native(arch) else 16) + (length + 33) * 32 * branches + length * 2 + 128)
 
 
@@ -77,11 +87,13 @@ def supports(
     """Whether the kernel takes a Linear on such a GPU, and why not."""
     if out_features % ROUND:
         return False, f"int4_linear takes multiples of {ROUND} output channels, not {out_features}"
-    if rank > MOST_RANK:
-        return False, f"int4_linear takes rank {MOST_RANK} at most, not {rank}"
     if int(arch.rstrip("a")) < 80:
         return False, f"int4_linear needs sm_80 or newer, not sm_{arch}"
-    length = -(-in_features // STEP) * STEP
+    length = _length(in_features)
+    if length in NARROW:
+        return True, ""
+    if rank > MOST_RANK:
+        return False, f"int4_linear takes rank {MOST_RANK} at most of more than {NARROW[-1]} channels, not {rank}"
     need = _shared(length, 1, branches, arch)
     if length > 32768 or need > shared_bytes:
         return False, (
@@ -114,34 +126,80 @@ def pack(
     ok, reason = supports(n, k, rank=0 if up is None else up.shape[1], shared_bytes=1 << 30)
     if not ok:
         raise ValueError(reason)
-    length = -(-k // STEP) * STEP
-    full = torch.zeros(n, length, dtype=torch.int64)
+    length = _length(k)
+    full, scale = torch.zeros(n, length, dtype=torch.int64), scale.float().cpu()
     full[:, :k] = codes.cpu()
-    # n tile, h, g, k step, half, l, i -> k step, n tile, lane (g, l), word (h, half), nibble i
-    parts = full.view(n // 16, 2, 8, length // 64, 2, 4, 8).permute(3, 0, 2, 5, 1, 4, 6)
-    words = _nibbles(parts.reshape(length // 64, n // 16, 32, 4, 8)).view(torch.int32).squeeze(-1)
-    # k, round, n tile, l, e -> k, round, l, n tile (two channels a byte)
-    by_k = full.T.reshape(length, n // ROUND, 8, 4, 2).permute(0, 1, 3, 2, 4)
-    codes_t = _nibbles(by_k)
-    vec = torch.stack((scale.float().cpu(), torch.zeros(n) if bias is None else bias.float().cpu()))
-
-    def there(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.contiguous().to(device)
-
-    factor = limits = None
+    factor = limits = side = None
     if tau is not None:
         limits = torch.full((length,), math.inf)
         limits[:k] = tau.float().cpu()
     elif sigma is not None:
         factor = torch.tensor([sigma / math.sqrt(k)], dtype=torch.float64)
+    if length in NARROW:
+        side, full, scale = _side(full, scale, up, down, sparse)
+
+    def there(tensor: Tensor) -> Tensor:
+        return tensor.contiguous().to(device)
+
+    def or_none(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else there(tensor)
+
+    order = _narrow_order(n) if length in NARROW else torch.arange(n)
+    common = Int4Linear(
+        n, k, length, asymmetric, sigma is not None or tau is not None,
+        there(_words(full[order])), there(torch.stack((scale, torch.zeros(n) if bias is None else bias.float().cpu()))),
+        there(full.sum(1).to(torch.int32)), or_none(limits), or_none(factor),
+    )  # fmt: skip
+    if length in NARROW:
+        return replace(common, side=or_none(_narrow_side(side, order)))
+    # k, round, n tile, l, e -> k, round, l, n tile (two channels a byte)
+    codes_t = _nibbles(full.T.reshape(length, n // ROUND, 8, 4, 2).permute(0, 1, 3, 2, 4))
     if up is not None and down is not None:
         rank = -(-up.shape[1] // 16) * 16
         down, up = pack_weight(down.float().cpu().T, rows=rank, cols=length), pack_weight(up.float().cpu(), cols=rank)
-    return Int4Linear(
-        n, k, length, asymmetric, sigma is not None or tau is not None,
-        words.contiguous().to(device), codes_t.contiguous().to(device), vec.to(device), full.sum(1).to(torch.int32).to(device),
-        there(limits), there(factor), there(down), there(up), there(_lists(sparse, length)),
-    )  # fmt: skip
+    lists = or_none(_lists(sparse, length))
+    return replace(common, codes_t=there(codes_t), down=or_none(down), up=or_none(up), sparse=lists)
+
+
+def _words(full: Tensor) -> Tensor:
+    """B fragments of 4 bit: int32[K / 64, N / 16, 32 lanes, 4] of codes int64[N, K]."""
+    n, length = full.shape
+    # n tile, h, g, k step, half, l, i -> k step, n tile, lane (g, l), word (h, half), nibble i
+    parts = full.view(n // 16, 2, 8, length // 64, 2, 4, 8).permute(3, 0, 2, 5, 1, 4, 6)
+    return _nibbles(parts.reshape(length // 64, n // 16, 32, 4, 8)).view(torch.int32).squeeze(-1)
+
+
+def _narrow_order(n: int) -> Tensor:
+    """int64[N]: the channel that is column 8 j + g of its 32: two neighbours a lane and n-tile, 8 a lane in all."""
+    j, g = torch.arange(4)[:, None], torch.arange(8)
+    return (torch.arange(0, n, 32)[:, None] + (8 * (g // 2) + 2 * j + g % 2).flatten()).flatten()
+
+
+def _side(full: Tensor, scale: Tensor, up: Tensor | None, down: Tensor | None, sparse: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    """P = (L R^T + S) / s_w, float32[N, K] or None; the codes and the scales that go with it.
+
+    Where a channel's codes are nothing beside its branches (1e-30 of them) they are left out, so that P stays finite.
+    """
+    total = torch.zeros(full.shape)
+    if up is not None and down is not None:
+        total[:, : len(down)] += up.float().cpu().bfloat16().float() @ down.float().cpu().bfloat16().float().T
+    if sparse is not None:
+        total[:, : sparse.shape[1]] += sparse.float().cpu()
+    if not bool(total.any()):
+        return None, full, scale
+    nothing = scale < 1e-30 * total.abs().amax(1)
+    scale = torch.where(nothing, 1.0, scale)
+    return total / scale[:, None], full.masked_fill(nothing[:, None], 0), scale
+
+
+def _narrow_side(side: Tensor | None, order: Tensor) -> Tensor | None:
+    """As B fragments of bf16 whose k are those that a lane of int4_narrow.cu holds: 32 h + 8 l + 4 s + (0..3) of 64."""
+    if side is None:
+        return None
+    n, length = side.shape
+    # k: chunk, h, l, s, t, e -> chunk, h, s, t, l, e, which pack_weight reads as 16 k + 8 t + 2 l + e
+    parts = side[order].view(n, length // 64, 2, 4, 2, 2, 2).permute(0, 1, 2, 4, 5, 3, 6)
+    return pack_weight(parts.reshape(n, length))
 
 
 def _nibbles(values: Tensor) -> Tensor:
@@ -189,11 +247,19 @@ def int4_linear(x: Tensor, linear: Int4Linear, launcher: Launcher) -> Tensor:
 
 
 def _launch(x: Tensor, y: Tensor, w: Int4Linear, launcher: Launcher) -> None:
+    flags = _BF16 * (x.dtype == torch.bfloat16) | _OUTLIERS * w.outliers
+    if w.length in NARROW:
+        tiles = 2 if w.length == 64 else 1
+        launcher.launch(
+            "int4_narrow", f"int4_{w.length}" + "_asymmetric" * w.asymmetric, -(-len(x) // (16 * tiles * _WARPS)), 32 * _WARPS,
+            _WARPS * w.length * 32 * tiles * w.outliers,
+            (x, y, w.words, w.vec, w.row_sums, w.tau, w.factor, w.side, len(x), w.out_features, flags),
+        )  # fmt: skip
+        return
     tiles = 2 if _shared(w.length, 2, w.branches, launcher.arch) <= launcher.shared_bytes else 1
     each = _shared(w.length, tiles, w.branches, launcher.arch)
     warps = min(_WARPS, launcher.shared_bytes // each)
     kernel = ("int4_long", "int4_linear")[tiles - 1] + "_asymmetric" * w.asymmetric
-    flags = _BF16 * (x.dtype == torch.bfloat16) | _OUTLIERS * w.outliers
     launcher.launch(
         "int4", kernel, -(-len(x) // (16 * tiles * warps)), 32 * warps, warps * each,
         (x, y, w.words, w.codes_t, w.vec, w.row_sums, w.tau, w.factor, w.down, w.up, w.sparse, len(x), w.length,

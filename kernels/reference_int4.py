@@ -1,4 +1,4 @@
-"""What int4.cu computes, in plain PyTorch: the twin that tests compare with (law L7).
+"""What int4.cu, int4_narrow.cu and int4_edge.cu compute, in plain PyTorch: the twin that tests compare with (law L7).
 
 Guarantees: codes and sums are exact integers; every float operation of the main path is rounded once, in the order of
 the kernel; the branches are computed in the dtype that is asked for (float64 for a reference).
@@ -6,6 +6,8 @@ Knows nothing of: packing, launches.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,3 +65,36 @@ def int4_linear(
     if side is not None:
         y = y + x.to(dtype) @ side.to(dtype).T
     return y if bias is None else y + bias.to(dtype)
+
+
+def edge(
+    e: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    film: tuple[Tensor, Tensor],
+    counts: Tensor,
+    linears: Sequence[Mapping[str, Any]],
+    norms: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """What int4_edge.cu computes, as the network in PyTorch does it; all but integers and rounding in `dtype`.
+
+    Shapes as in kernels/int4_edge.py; linears: what `int4_linear` takes of e_mul, e_add, e_out, linE1, linE2.
+    """
+
+    def linear(x: Tensor, i: int) -> Tensor:
+        rows = int4_linear(x.reshape(-1, x.shape[-1]).float(), **linears[i], dtype=dtype)
+        return rows.to(dtype).view(*x.shape[:-1], -1)
+
+    def norm(x: Tensor, i: int) -> Tensor:
+        return torch.nn.functional.layer_norm(x, (64,), norms[2 * i].to(dtype), norms[2 * i + 1].to(dtype))
+
+    e, q, k, v, mul, add = (t.to(dtype) for t in (e, q, k, v, *film))
+    there = torch.arange(e.shape[1]) < counts[:, None]
+    score = q[:, :, None] * k[:, None] * (linear(e, 0) + 1) + linear(e, 1)
+    z = score * (mul + 1)[:, None, None] + add[:, None, None]
+    weight = score.masked_fill(~there[:, None, :, None], -math.inf).softmax(2).nan_to_num(0)
+    gathered = (weight * v[:, None]).sum(2)
+    e = norm(e + linear(z, 2) * (there[:, :, None, None] & there[:, None, :, None]), 0)
+    return norm(e + linear(linear(e, 3).relu(), 4), 1), gathered

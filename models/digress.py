@@ -55,29 +55,28 @@ class NodeEdgeBlock(nn.Module):
             self.x_y, self.e_y = Pooled(h.dx, h.dy), Pooled(h.de, h.dy)
             self.y_out = nn.Sequential(nn.Linear(h.dy, h.dy), nn.ReLU(), nn.Linear(h.dy, h.dy))
 
-    def forward(
-        self, x: Tensor, e: Tensor, y: Tensor, x_mask: Tensor, e_mask: Tensor, absent: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x: [B, n, dx], e: [B, n, n, de], y: [B, dy]; x_mask: [B, n, 1], e_mask: [B, n, n, 1] as floats;
-        absent: bool[B, 1, n, 1], true for padded nodes.
+    def attend(self, x: Tensor, e: Tensor, y: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
+        """What each node gathers [B, n, dx] and what each edge becomes [B, n, n, de].
 
-        Scores of padded pairs are finite and arbitrary: they leave through masked outputs only.
+        x: [B, n, dx], e: [B, n, n, de], y: [B, dy]; absent: bool[B, 1, n, 1], true for padded nodes.
+        Scores of padded pairs are finite and arbitrary: they leave through outputs that are masked later.
         """
         score = (self.q(x) * self.scale)[:, :, None] * self.k(x)[:, None]
         score = torch.addcmul(self.e_add(e), score, self.e_mul(e) + 1)  # [B, i, j, dx]
-
         e_new = torch.addcmul(self.y_e_add(y)[:, None, None], score, (self.y_e_mul(y) + 1)[:, None, None])
-        e_new = self.e_out(e_new) * e_mask
 
         # far below any score, yet finite: a graph without nodes must not give NaN
         veto = absent.to(score.dtype) * (torch.finfo(score.dtype).min / 2)
         attention = (score + veto).softmax(dim=2)
-        gathered = (attention * self.v(x)[:, None]).sum(dim=2)
-        x_new = torch.addcmul(self.y_x_add(y)[:, None], gathered, (self.y_x_mul(y) + 1)[:, None])
-        x_new = self.x_out(x_new) * x_mask
+        return (attention * self.v(x)[:, None]).sum(dim=2), self.e_out(e_new)
 
-        y_new = None if self.last else self.y_out(self.y_y(y) + self.x_y(x) + self.e_y(e))
-        return x_new, e_new, y_new
+    def nodes(self, gathered: Tensor, y: Tensor) -> Tensor:
+        """Node outputs [B, n, dx] of what `attend` gathered."""
+        return self.x_out(torch.addcmul(self.y_x_add(y)[:, None], gathered, (self.y_x_mul(y) + 1)[:, None]))
+
+    def graph(self, x: Tensor, e: Tensor, y: Tensor) -> Tensor:
+        """Graph outputs [B, dy]; not of the last layer."""
+        return self.y_out(self.y_y(y) + self.x_y(x) + self.e_y(e))
 
 
 class XEyTransformerLayer(nn.Module):
@@ -97,15 +96,22 @@ class XEyTransformerLayer(nn.Module):
     def forward(
         self, x: Tensor, e: Tensor, y: Tensor, x_mask: Tensor, e_mask: Tensor, absent: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x_new, e_new, y_new = self.self_attn(x, e, y, x_mask, e_mask, absent)
-        x = self.normX1(x + x_new)
-        x = self.normX2(x + self.linX2(self.linX1(x).relu()))
-        e = self.normE1(e + e_new)
-        e = self.normE2(e + self.linE2(self.linE1(e).relu()))
-        if y_new is not None:
-            y = self.norm_y1(y + y_new)
+        """x: [B, n, dx], e: [B, n, n, de], y: [B, dy]; x_mask: [B, n, 1], e_mask: [B, n, n, 1] as floats;
+        absent: bool[B, 1, n, 1], true for padded nodes.
+        """
+        gathered, e_new = self.self_attn.attend(x, e, y, absent)
+        x_next, y_next = self.rest(x, e, y, gathered, x_mask)
+        e = self.normE1(e + e_new * e_mask)
+        return x_next, self.normE2(e + self.linE2(self.linE1(e).relu())), y_next
+
+    def rest(self, x: Tensor, e: Tensor, y: Tensor, gathered: Tensor, x_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The next nodes and graph channels: all that is not of edges. gathered: what attention found, [B, n, dx]."""
+        x_next = self.normX1(x + self.self_attn.nodes(gathered, y) * x_mask)
+        x_next = self.normX2(x_next + self.linX2(self.linX1(x_next).relu()))
+        if not self.self_attn.last:
+            y = self.norm_y1(y + self.self_attn.graph(x, e, y))
             y = self.norm_y2(y + self.lin_y2(self.lin_y1(y).relu()))
-        return x, e, y
+        return x_next, y
 
 
 def _mlp(d_in: int, d_hidden: int, d_out: int, *, relu_out: bool) -> nn.Sequential:

@@ -23,7 +23,7 @@ from bitdgdm.infra.errors import ArtifactCorrupt, BadInput, KernelsUnavailable
 from bitdgdm.models.digress import GraphTransformer, build
 from bitdgdm.models.digress_config import DigressConfig
 from bitdgdm.models.features import network_input
-from bitdgdm.models.int4_network import fuse, on_stream, open_gpu
+from bitdgdm.models.int4_network import fuse, kernel_inputs, on_stream, open_gpu
 from bitdgdm.models.int4_network import refusal as int4_refusal
 from bitdgdm.models.kernel_engine import KernelEngine, refusal, shortfall
 from bitdgdm.models.seam import Engine
@@ -35,7 +35,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 ENGINES = ("auto", "torch", "kernels")
-FUSED_LINEARS = "each Linear of 4 bit is one of our kernels, the rest is PyTorch"
+FUSED_LINEARS = "features, a layer's edges and each other Linear of 4 bit are one of our kernels each, the rest is PyTorch"
 log = logging.getLogger("bitdgdm.engine")
 
 
@@ -60,17 +60,19 @@ class TorchEngine:
         dtype: torch.dtype = torch.float32,
         name: str = "digress",
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        inputs: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None = None,
     ) -> None:
-        """around: what a call of the network runs in, e.g. a stream."""
+        """around: what a call of the network runs in, e.g. a stream. inputs: `network_input` of another make."""
         self.name, self.config, self.device, self.dtype = name, config, torch.device(device), dtype
         self._network = network.to(self.device).eval().requires_grad_(False)
         self._around = around
+        self._inputs = inputs or (lambda *noisy: network_input(*noisy, config))
 
     def logits(self, X: Tensor, E: Tensor, t: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine.logits`."""
         time = t.to(torch.float32) / self.config.diffusion_steps
         with torch.inference_mode(), one_thread(self.device), self._around():
-            inputs = network_input(X, E, time, node_mask, self.config)
+            inputs = self._inputs(X, E, time, node_mask)
             set_time(self._network, t)
             with self._autocast():
                 out_X, out_E = self._network(*inputs, node_mask)
@@ -116,10 +118,10 @@ def load_engine(
 
 def _with_int4(opened: _Opened, choice: Choice) -> TorchEngine:
     assert opened.artifact is not None
-    device = open_gpu()
+    device = open_gpu(opened.config)
     network = fuse(opened.network.to(device.device), opened.artifact, device)
-    dtype = PRECISIONS[choice.precision]
-    return TorchEngine(network, opened.config, device.device, dtype, opened.name, lambda: on_stream(device))
+    dtype, inputs = PRECISIONS[choice.precision], kernel_inputs(opened.config, device)
+    return TorchEngine(network, opened.config, device.device, dtype, opened.name, lambda: on_stream(device), inputs)
 
 
 def choose_engine(

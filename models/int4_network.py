@@ -1,23 +1,32 @@
-"""A network of 4-bit recipes whose Linears run as one launch each (kernels/int4.py), all else in PyTorch.
+"""A network of 4-bit recipes: a launch a layer for its edges, one for each other Linear (kernels/int4*.py), one for the
+features, all else in PyTorch.
 
 Guarantees: the integers are QuantLinear's; the branches (low rank, sparse, outliers) see the input in bf16. Directions
 that a recipe takes out of the input (the metric "input") are two products in float32 before and after the launch. A Linear
-that the kernel can't take stays a QuantLinear; a recipe that it doesn't compute is refused by name.
+that the kernel can't take stays a QuantLinear, edges that theirs can't take stay PyTorch's; a recipe that it doesn't compute is refused by name.
 Knows nothing of: steps, sampling, which engine is chosen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from bitdgdm.infra.errors import KernelsUnavailable
 from bitdgdm.kernels.build import CompilerMissing, KernelBroken
-from bitdgdm.kernels.fits import OLDEST
+from bitdgdm.kernels.features import MOST_NODES, network_features
+from bitdgdm.kernels.fits import OLDEST, defines
 from bitdgdm.kernels.int4 import MOST_RANK, Int4Linear, int4_linear, pack, supports
+from bitdgdm.kernels.int4_edge import Int4Edge, int4_edge, pack_edge
+from bitdgdm.kernels.int4_edge import supports as supports_edge
 from bitdgdm.kernels.launch import Device, Launcher, PyCudaMissing
 from bitdgdm.kernels.toolchain import missing
+from bitdgdm.models.digress import GraphTransformer, XEyTransformerLayer
+from bitdgdm.models.digress_config import DigressConfig
+from bitdgdm.models.features import network_input
+from bitdgdm.models.kernel_engine import kernel_shape
 from bitdgdm.quant.artifact import Artifact
 from bitdgdm.quant.linear import inner_tau
 from bitdgdm.quant.parts import codes, factors, sparse
@@ -59,28 +68,65 @@ class Int4Layer(nn.Module):
     ) -> None:
         """directions: L float32[out, R] and R float32[in, R] of the metric "input"."""
         super().__init__()
-        self._linear, self._launcher = linear, launcher
+        self.linear, self._launcher = linear, launcher
         up, basis = directions if directions is not None else (None, None)
         self.register_buffer("_up", up)
         self.register_buffer("_basis", basis)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the launch is all there is to do."""
+        return self._basis is None
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self._basis, Tensor) and isinstance(self._up, Tensor):
             return self._deflated(x, self._basis, self._up)
         taken = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
-        return int4_linear(taken, self._linear, self._launcher).to(x.dtype)
+        return int4_linear(taken, self.linear, self._launcher).to(x.dtype)
 
     def _deflated(self, x: Tensor, basis: Tensor, up: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).float()
             z = rows @ basis
             rest = torch.addmm(rows, z, basis.T, alpha=-1)  # as QuantLinear does it, so that the integers are its own
-            y = int4_linear(rest, self._linear, self._launcher).addmm_(z, up.T)
+            y = int4_linear(rest, self.linear, self._launcher).addmm_(z, up.T)
             return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
-def fuse(network: nn.Module, artifact: Artifact, launcher: Launcher) -> nn.Module:
-    """Put Int4Layers in the places of an artifact's Linears, in place. network: what `apply` made of the artifact."""
+class FusedEdges(nn.Module):
+    """A drop-in for a transformer layer whose edges are one launch."""
+
+    def __init__(self, layer: XEyTransformerLayer, edges: Int4Edge, launcher: Launcher) -> None:
+        super().__init__()
+        self._layer, self._edges, self._launcher = layer, edges, launcher
+
+    def forward(
+        self, x: Tensor, e: Tensor, y: Tensor, x_mask: Tensor, e_mask: Tensor, absent: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See XEyTransformerLayer."""
+        at = self._layer.self_attn
+        counts = (~absent).sum((1, 2, 3), dtype=torch.int32)
+        given = (e, at.q(x) * at.scale, at.k(x), at.v(x), at.y_e_mul(y), at.y_e_add(y))
+        e32, q, k, v, mul, add = (t.float() for t in given)
+        e_next, gathered = int4_edge(e32, q, k, v, (mul, add), counts, self._edges, self._launcher)
+        x_next, y_next = self._layer.rest(x, e, y, gathered.to(x.dtype), x_mask)
+        return x_next, e_next.to(e.dtype), y_next
+
+
+def _fuse_edges(network: GraphTransformer, n_pad: int, launcher: Launcher) -> None:
+    for i, layer in enumerate(network.tf_layers):
+        at = layer.self_attn
+        found = (at.e_mul, at.e_add, at.e_out, layer.linE1, layer.linE2)
+        if not all(isinstance(m, Int4Layer) and m.alone for m in found):
+            continue
+        linears = [m.linear for m in found]
+        if supports_edge(linears, n_pad, launcher.shared_bytes)[0]:
+            norms = (layer.normE1.weight, layer.normE1.bias, layer.normE2.weight, layer.normE2.bias)
+            network.tf_layers[i] = FusedEdges(layer, pack_edge(linears, norms), launcher)
+
+
+def fuse(network: GraphTransformer, artifact: Artifact, launcher: Launcher) -> nn.Module:
+    """Put FusedEdges and Int4Layers in the places of layers and Linears, in place. network: what `apply` made of the artifact."""
     for name, (parts, bias, tau) in artifact.layers.items():
         recipe = artifact.header.recipe.for_layer(name)
         both, directions = factors(parts), None
@@ -101,13 +147,31 @@ def fuse(network: nn.Module, artifact: Artifact, launcher: Launcher) -> nn.Modul
         )  # fmt: skip
         owner, _, child = name.rpartition(".")
         setattr(network.get_submodule(owner), child, Int4Layer(packed, launcher, directions).to(launcher.device))
+    _fuse_edges(network.to(launcher.device), artifact.header.n_pad, launcher)
     return network
 
 
-def open_gpu() -> Device:
-    """The current CUDA device. Raises: KernelsUnavailable."""
+def kernel_inputs(config: DigressConfig, launcher: Launcher) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    """network_input whose features are one launch, if graphs are small enough for it."""
+    shape = kernel_shape(config)
+
+    def inputs(X: Tensor, E: Tensor, t: Tensor, node_mask: Tensor) -> tuple[Tensor, ...]:
+        x, e = (one_hot.argmax(-1).to(torch.uint8) for one_hot in (X, E))
+        rows, y = network_features(x, e, node_mask.sum(1), shape, launcher)
+        y[:, -1] = t
+        return rows.to(X.dtype), E, y.to(X.dtype)
+
+    if config.n_pad > MOST_NODES:
+        return partial(network_input, config=config)
+    return inputs
+
+
+def open_gpu(config: DigressConfig) -> Device:
+    """The current CUDA device, for a network of such dimensions. Raises: KernelsUnavailable."""
     with _own_errors():
-        return Device(torch.cuda.current_device())
+        device = Device(torch.cuda.current_device())
+    device.defines = defines(kernel_shape(config), device.shared_bytes)
+    return device
 
 
 @contextmanager

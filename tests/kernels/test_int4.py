@@ -22,7 +22,8 @@ BOTH = pytest.mark.parametrize("arch", ["89", "90a"])
 
 
 def emulator(arch: str, shared_bytes: int = 101376) -> Emulator:
-    return Emulator({"int4": {"NATIVE": int(arch == "89")}}, arch=arch, shared_bytes=shared_bytes)
+    native = {"NATIVE": int(arch == "89")}
+    return Emulator({"int4": native, "int4_narrow": native}, arch=arch, shared_bytes=shared_bytes)
 
 
 def inputs(rows: int, width: int) -> Tensor:
@@ -146,7 +147,8 @@ def test_both_forms_give_the_same_bytes_with_every_branch() -> None:
 def test_what_it_cannot_take_is_refused_with_the_reason() -> None:
     assert supports(256, 2048, rank=16, branches=True, arch="89") == (True, "")
     assert "multiples of 64 output channels, not 12" in supports(12, 64)[1]
-    assert "rank 32 at most, not 48" in supports(64, 64, rank=48)[1]
+    assert "rank 32 at most of more than 256 channels, not 48" in supports(64, 320, rank=48)[1]
+    assert supports(64, 256, rank=48) == (True, "")
     assert "sm_75" in supports(64, 64, arch="75")[1]
     ok, reason = supports(64, 4096, branches=True, arch="89")
     assert not ok and "bytes of shared memory for 4096 input channels, sm_89 has 101376" in reason
@@ -154,4 +156,4 @@ def test_what_it_cannot_take_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match=r"float32 or bf16 \[\.\.\., 64\], not torch\.float16 \[2, 64\]"):
         int4_linear(torch.zeros(2, 64, dtype=torch.float16), pack(codes, scale), emulator("89"))
     with pytest.raises(ValueError, match="sm_89 has 512"):
-        int4_linear(torch.zeros(2, 64), pack(codes, scale), emulator("89", shared_bytes=512))
+        int4_linear(torch.zeros(2, 320), pack(*weights(64, 320)[:2]), emulator("89", shared_bytes=512))

@@ -30,6 +30,8 @@ KERNELS = {
     "features": ("features",),
     "sample": ("embed", "sample", "advance"),
     "int4": ("int4_linear", "int4_linear_asymmetric", "int4_long", "int4_long_asymmetric"),
+    "int4_narrow": tuple(f"int4_{k}{kind}" for k in (64, 128, 256) for kind in ("", "_asymmetric")),
+    "int4_edge": ("int4_edge", "int4_edge_asymmetric"),
 }
 HOPPER = {
     "edge_wg": ("edge_attend",),
@@ -102,8 +104,9 @@ def test_products_run_on_tensor_cores_and_nothing_in_local_memory(source: str, a
 
 
 @pytest.mark.parametrize("arch", SHARED_BYTES)
-def test_codes_of_4_bit_are_multiplied_as_they_are_but_on_hopper(arch: str, cache: Path) -> None:
-    for name, counts in opcodes(compiled("int4", arch, 64, cache)).items():
+@pytest.mark.parametrize("source", ["int4", "int4_narrow", "int4_edge"])
+def test_codes_of_4_bit_are_multiplied_as_they_are_but_on_hopper(source: str, arch: str, cache: Path) -> None:
+    for name, counts in opcodes(compiled(source, arch, 64, cache)).items():
         products = {op: n for op, n in counts.items() if op.startswith("IMMA")}
         kind = "IMMA.16832.S8.S8" if arch == "90a" else f"IMMA.16864.{'U4' if 'asymmetric' in name else 'S4'}.S4"
         assert set(products) == {kind} and products[kind] >= 8, (name, products)

@@ -13,7 +13,7 @@ from bitdgdm.models import int4_network
 from bitdgdm.models.digress import GraphTransformer, quantizable
 from bitdgdm.models.digress_config import QM9_NO_H
 from bitdgdm.models.engine import FUSED_LINEARS, Choice, TorchEngine, choose_engine
-from bitdgdm.models.int4_network import Int4Layer, fuse, recipe_refusal
+from bitdgdm.models.int4_network import FusedEdges, Int4Layer, fuse, kernel_inputs, recipe_refusal
 from bitdgdm.quant.artifact import Artifact, ArtifactHeader, apply, save_artifact
 from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.recipe_book import get_recipe
@@ -51,21 +51,23 @@ def artifact() -> Artifact:
 
 @EMULATED
 @pytest.mark.parametrize("recipe", ["bitdgdm-w4a4-r16-s1", "bitdgdm-input-w4a4-r8"])
-def test_a_network_of_fused_linears_says_what_quant_linear_says(recipe: str) -> None:
+def test_a_fused_network_says_what_quant_linear_says(recipe: str) -> None:
     artifact = one_layer(recipe)
     plain = apply(GraphTransformer(ONE_LAYER), artifact).eval()
-    launcher = Emulator({"int4": {"NATIVE": 1}}, arch="89", shared_bytes=101376)
+    native = {"NATIVE": 1}
+    kinds = ("int4", "int4_narrow", "int4_edge")
+    launcher = Emulator({**dict.fromkeys(kinds, native), "features": {"ROWS": 9}}, arch="89", shared_bytes=101376)
     fused = fuse(copy.deepcopy(plain), artifact, launcher)
     assert sum(isinstance(m, Int4Layer) for m in fused.modules()) == len(artifact.layers) > 10
+    assert isinstance(fused.tf_layers[0], FusedEdges) == (recipe == "bitdgdm-w4a4-r16-s1")  # no launch has both ends of "input"
 
     mask = torch.arange(9) < torch.tensor([[3], [9]])
     X = torch.eye(4)[torch.randint(4, (2, 9))] * mask[..., None]
     upper = torch.randint(5, (2, 9, 9)).triu(1)
     E = torch.eye(5)[upper + upper.transpose(1, 2)] * (mask[:, :, None] & mask[:, None])[..., None]
     t = torch.full((2,), 250)
-    for ours, theirs in zip(
-        *(TorchEngine(n, ONE_LAYER).logits(X, E, t, mask) for n in (fused, plain)), strict=True
-    ):
+    engines = (TorchEngine(fused, ONE_LAYER, inputs=kernel_inputs(ONE_LAYER, launcher)), TorchEngine(plain, ONE_LAYER))
+    for ours, theirs in zip(*(engine.logits(X, E, t, mask) for engine in engines), strict=True):
         assert (ours - theirs).norm() <= 0.01 * theirs.norm()
 
 
