@@ -1,11 +1,14 @@
-"""What does a Linear by bitdgdm-w4a4-r16-s1 cost in our W4A4 kernel, against torch's bf16 Linear and against QuantLinear?
+"""What does bitdgdm-w4a4-r16-s1 cost in our W4A4 kernels, a Linear and a denoising step, against PyTorch?
 
 Run: PYTHONPATH=. python benchmarks/int4_linear.py [--results DIR]   (needs a GPU, nvcc and PyCUDA)
 Writes int4_linear-<hardware>.json: device microseconds of every case, medians of 20 runs, in turn in one process. Inputs
-are bf16 rows of DiGress's own shapes for 8,192 QM9 molecules, and one large square.
+are bf16 rows of DiGress's own shapes for 8,192 QM9 molecules, and one large square. A step is that of the sampler, with
+features and draws: the difference of two chains of the shipped checkpoint that end at once on the CPU.
 """
 
 import argparse
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -18,11 +21,15 @@ from torch.nn.functional import linear
 from bitdgdm.kernels.int4 import Int4Linear, int4_linear, pack
 from bitdgdm.kernels.launch import Device
 from bitdgdm.kernels.reference_int4 import int4_linear as twin
+from bitdgdm.models.engine import load_engine
+from bitdgdm.models.sampler import sample_ids
+from bitdgdm.models.seam import Engine
+from bitdgdm.pipelines.quantize import quantize
 from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.linear import QuantLinear
 from bitdgdm.quant.recipe_book import get_recipe
 
-QUESTION = "int4_linear"
+QUESTION, MODEL, RECIPE, MOLECULES = "int4_linear", "builtin:digress-qm9", "bitdgdm-w4a4-r16-s1", 8192
 SHAPES = ((64, 256, 640_000), (64, 128, 640_000), (256, 64, 640_000), (256, 256, 72_000), (2048, 64, 8192), (2048, 2048, 65_536))
 TORCH, PLAIN, FULL, QUANT = "torch bf16", "ours w4a4", "ours w4a4-r16-s1, 3 sigma", "QuantLinear in torch, w4a4-r16-s1"
 
@@ -30,7 +37,7 @@ TORCH, PLAIN, FULL, QUANT = "torch bf16", "ours w4a4", "ours w4a4-r16-s1, 3 sigm
 def layers(width: int, out: int, device: torch.device) -> tuple[Tensor, Int4Linear, Int4Linear, QuantLinear, dict[str, Tensor]]:
     """A weight in bf16, packed plainly, packed by bitdgdm-w4a4-r16-s1, as QuantLinear; and the recipe's parts."""
     torch.manual_seed(width + out)
-    weight, recipe = torch.randn(out, width) / width**0.5, get_recipe("bitdgdm-w4a4-r16-s1")
+    weight, recipe = torch.randn(out, width) / width**0.5, get_recipe(RECIPE)
     small = out * width <= 2**18  # a larger one is only for its time: made-up factors do
     fitted = weight if small else weight[:64, :64]
     parts = decompose(fitted, recipe, contributions=False)[0]
@@ -107,6 +114,41 @@ def measure(width: int, out: int, rows: int, device: Device, runs: int) -> list[
     return result
 
 
+def chain_seconds(engine: Engine, steps: int) -> float:
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    sample_ids(engine, engine.config, 1, 0, MOLECULES, steps, MOLECULES)
+    return time.monotonic() - began
+
+
+def measure_step(runs: int) -> list[dict]:
+    """The rows of a denoising step by each engine."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "artifact.safetensors"
+        quantize(MODEL, RECIPE, out=path, executor="local", quiet=True)
+        engines = {
+            f"ours {RECIPE}": load_engine(path, "cuda", engine="kernels"),
+            f"QuantLinear in torch, {RECIPE}": load_engine(path, "cuda", engine="torch"),
+            "torch float32, not quantized": load_engine(MODEL, "cuda", "fp32", engine="torch"),
+            "torch bf16, not quantized": load_engine(MODEL, "cuda", "bf16", engine="torch"),
+        }
+    steps: dict[str, list[float]] = {name: [] for name in engines}
+    for k in range(runs + 1):
+        for name, engine in engines.items():
+            short = chain_seconds(engine, 4)
+            if k:
+                steps[name].append((chain_seconds(engine, 14) - short) / 10)
+    result, ours = [], next(iter(engines))
+    for name, found in steps.items():
+        case = f"{MOLECULES} molecules, {name}"
+        result.append(row(QUESTION, case, "step", [1000 * s for s in found], "ms"))
+        result.append(row(QUESTION, case, "molecules/s, T=500", [MOLECULES / 500 / s for s in found], "1/s"))
+        if name != ours:
+            gain = median(found) / median(steps[ours])
+            result.append(row(QUESTION, f"{MOLECULES} molecules, {ours}", f"times {name}", gain, "x", baseline=name))
+    return result
+
+
 def main() -> None:
     """Parse the options and run."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,6 +158,7 @@ def main() -> None:
     device = Device()
     for width, out, rows in SHAPES:
         keep(QUESTION, measure(width, out, rows, device, a.runs), a.results)
+    keep(QUESTION, measure_step(3), a.results)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from bitdgdm.kernels.int4 import int4_linear, pack
+from bitdgdm.kernels.int4_edge import int4_edge
 from bitdgdm.kernels.launch import Device
+from bitdgdm.kernels.reference_int4 import edge as edge_twin
 from bitdgdm.kernels.reference_int4 import int4_linear as twin
 from bitdgdm.models.digress import GraphTransformer, quantizable
 from bitdgdm.models.digress_config import QM9_NO_H
@@ -16,6 +18,7 @@ from bitdgdm.models.sampler import sample_ids
 from bitdgdm.quant.artifact import ArtifactHeader, save_artifact
 from bitdgdm.quant.decompose import decompose
 from bitdgdm.quant.recipe_book import get_recipe
+from tests.kernels.test_int4_edge import inputs, layer
 
 pytestmark = pytest.mark.gpu
 if torch.cuda.is_available():
@@ -76,6 +79,23 @@ def test_every_branch_errs_at_most_twice_as_much_as_pytorch_in_bf16(
     with device.stream():
         got = int4_linear(x.to(device.device), packed, device).cpu().double()
     assert (got - exact).norm() <= 2 * (low - exact).norm()
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("n", [9, 27])
+def test_a_layers_edges_err_at_most_twice_as_much_as_pytorch_in_bf16(device: Device, n: int, branches: bool) -> None:
+    packed, linears, norms = layer(True, branches, device=str(device.device))
+    g = torch.Generator().manual_seed(n)
+    counts = torch.randint(1, n + 1, (50,), generator=g).tolist()
+    x = inputs(counts, n)
+    on_device = [tuple(t.to(device.device) for t in a) if isinstance(a, tuple) else a.to(device.device) for a in x]
+    with device.stream():
+        got = int4_edge(*on_device, packed, device)
+        again = int4_edge(*on_device, packed, device)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    exact, low = (edge_twin(*x, linears, norms, dtype=kind) for kind in (torch.float64, torch.bfloat16))
+    for ours, right, theirs in zip(got, exact, low, strict=True):
+        assert (ours.cpu().double() - right).norm() <= 2 * (theirs.double() - right).norm()
 
 
 def test_a_4_bit_artifact_runs_by_the_kernel_when_it_is_named(tmp_path: Path) -> None:

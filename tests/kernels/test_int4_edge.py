@@ -20,7 +20,7 @@ def emulator(arch: str) -> Emulator:
     return Emulator({"int4_edge": {"NATIVE": int(arch == "89")}}, arch=arch, shared_bytes=101376)
 
 
-def layer(asymmetric: bool, branches: bool, seed: int = 1) -> tuple[Int4Edge, list[dict[str, Any]], list[Tensor]]:
+def layer(asymmetric: bool, branches: bool, seed: int = 1, device: str = "cpu") -> tuple[Int4Edge, list[dict[str, Any]], list[Tensor]]:
     """Packed, and what the twin wants: the five Linears and the LayerNorms' vectors."""
     g = torch.Generator().manual_seed(seed)
     packed, linears = [], []
@@ -34,7 +34,7 @@ def layer(asymmetric: bool, branches: bool, seed: int = 1) -> tuple[Int4Edge, li
             up, down = (torch.randn(rows, 16, generator=g).bfloat16() / 12 for rows in (out, width))
             sparse = torch.randn(out, width, generator=g) * (torch.rand(out, width, generator=g) < 0.02)
             parts = {"up": up, "down": down, "sparse": sparse.bfloat16()}
-        packed.append(pack(**given, **parts))
+        packed.append(pack(**given, **parts, device=device))
         side = parts["up"].float() @ parts["down"].float().T + parts["sparse"].float() if branches else None
         linears.append({**given, "side": side})
     norms = [torch.rand(64, generator=g) + 0.5 if i % 2 == 0 else torch.randn(64, generator=g) / 3 for i in range(4)]
