@@ -69,8 +69,13 @@ def section(rows: Sequence[Row]) -> str:
 
 
 def brief(rows: Sequence[Row]) -> str:
-    """Return the table of what was sampled on the hardware with most samples, without what few look for."""
-    sampled = {name: of for name, of in _best(rows).items() if "validity" in of}
+    """Return the table of what was sampled on the hardware with most samples, without what few look for.
+
+    Variants of the published method are in the tables of `ranks` and `ablations`.
+    """
+    method = _ABLATIONS[0][2]
+    variants = {name.format(rank) for rank in PUBLISHED_RANKS for name in _RANKS} | {name for *_, name in _ABLATIONS}
+    sampled = {name: of for name, of in _best(rows).items() if "validity" in of and name not in variants - {method}}
     left_out = ("weight error, median", "quantize", "novelty (of distinct)", "scaffold similarity")
     return _table(sampled, left_out) if sampled else "_No samples yet._\n"
 

@@ -4,14 +4,14 @@
 //     y = s_w (s_x (Q(x_D) codes^T) + x_S codes^T) + x (L R^T + S)^T + b       as quant/linear.py defines it
 //
 // A warp owns 16 MT rows from first to last and talks to no other; a block is only so many warps.
-//   rows:     threshold, range, codes of four rows at a time, so that their loads wait together; longer rows than 256 are read
-//             again, from L1. In shared memory stay the codes in fragment order, a bit an element that is an outlier, and x as bf16,
+//   rows:     threshold, range, codes of four rows at a time, so that their loads wait together; the later ones of three
+//             readings come from L1. In shared memory stay the codes in fragment order, a bit an element that is an outlier, and x as bf16,
 //             rows r and r + 8 in a word, for the branches.
 //   products: 64 channels at a time. Weights, 4 bit, stream from L2 in fragment order, the next 64 k or channels ahead.
 //   outliers: a lane walks the bits of its rows; a transposed copy of the codes gives 16 of its channels in 8 bytes.
 //   side:     x R by bf16 products once; L by one more product of 16 (32) k; S as lists of fixed width, a word an entry.
 // Nothing is summed by atomics, no list has a length that x decides: a row's result depends on the row alone.
-// Shared memory of a warp of 32 rows, K = 256: codes 4 KB (8 KB unpacked), x 18 KB, bits 1 KB.
+// Shared memory of a warp of 16 rows, K = 2048: codes 16 KB (32 KB unpacked), x 65 KB, bits 4 KB.
 // Operations a row: K N MAC of 4 bit (8 bit on sm_90), then N (2 + rank + 2 width) others; bytes a row: x and y.
 #include "int4.cuh"
 
@@ -35,20 +35,17 @@ DEV int row_words(int K) { return K + 33; }
 template <int MT, bool ASYMMETRIC>
 DEV void take_rows(const Rows& to, const void* x, const float* tau, const double* factor, int first, int M, int K, int flags,
                    int lane) {
-  int width = 8;  // lanes a row
-  while (width < 32 && width * 8 < K) width *= 2;
-  const int part = lane & (width - 1), chunks = (K + width * 8 - 1) / (width * 8), together = 32 / width;
+  const int chunks = (K + 255) / 256;  // 8 elements a lane
   const bool outliers = flags & OUTLIERS;
 #pragma unroll 1
-  for (int base = 0; base < 16 * MT; base += BATCH * together) {  // the loads of so many rows wait together
+  for (int base = 0; base < 16 * MT; base += BATCH) {  // the loads of so many rows wait together
     float v[BATCH][8], limit[BATCH], least[BATCH], most[BATCH], broken[BATCH];
-    auto row_of = [&](int b) { return base + b * together + lane / width; };
     auto load = [&](int c) {
-      const int k = (c * width + part) * 8;
+      const int k = (c * 32 + lane) * 8;
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
-        const u64 at = (u64)(first + row_of(b)) * K + k;
-        if (first + row_of(b) < M && k < K) {
+        const u64 at = (u64)(first + base + b) * K + k;
+        if (first + base + b < M && k < K) {
           if (flags & BF16_INPUT) unpack8(v[b], load16((const u16*)x + at));
           else load8(v[b], (const float*)x + at);
         } else
@@ -68,7 +65,7 @@ DEV void take_rows(const Rows& to, const void* x, const float* tau, const double
 #pragma unroll
           for (int i = 0; i < 8; i++) sum[b] += (double)v[b][i] * (double)v[b][i];
       }
-      for (int mask = width / 2; mask; mask /= 2)
+      for (int mask = 16; mask; mask /= 2)
 #pragma unroll
         for (int b = 0; b < BATCH; b++) sum[b] += lane_xor_double(sum[b], mask);
 #pragma unroll
@@ -77,18 +74,18 @@ DEV void take_rows(const Rows& to, const void* x, const float* tau, const double
 #pragma unroll
     for (int b = 0; b < BATCH; b++) least[b] = most[b] = broken[b] = 0;
     for (int c = 0; c < chunks; c++) {
-      if (chunks > 1 || !factor) load(c);
+      load(c);
 #pragma unroll
       for (int b = 0; b < BATCH; b++)
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           if (!(fabsf(v[b][i]) < 3.4028236e38f)) broken[b] = 1;
-          const float t = inlier(b, i, (c * width + part) * 8) ? v[b][i] : 0.0f;
+          const float t = inlier(b, i, (c * 32 + lane) * 8) ? v[b][i] : 0.0f;
           if (ASYMMETRIC) least[b] = fminf(least[b], t);
           most[b] = fmaxf(most[b], ASYMMETRIC ? t : fabsf(t));
         }
     }
-    for (int mask = width / 2; mask; mask /= 2)
+    for (int mask = 16; mask; mask /= 2)
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
         if (ASYMMETRIC) least[b] = fminf(least[b], lane_xor(least[b], mask));
@@ -100,11 +97,11 @@ DEV void take_rows(const Rows& to, const void* x, const float* tau, const double
     for (int b = 0; b < BATCH; b++) {
       float scale;
       token_scale<ASYMMETRIC>(least[b], most[b], scale, inverse[b], zero[b]);
-      if (part == 0) to.scale[row_of(b)] = broken[b] > 0 ? as_float(0x7fffffffu) : scale, to.zero[row_of(b)] = zero[b];
+      if (lane == 0) to.scale[base + b] = broken[b] > 0 ? as_float(0x7fffffffu) : scale, to.zero[base + b] = zero[b];
     }
     for (int c = 0; c < chunks; c++) {
-      const int k = (c * width + part) * 8;
-      if (chunks > 1) load(c);
+      const int k = (c * 32 + lane) * 8;
+      load(c);
       if (k >= K) continue;
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
@@ -115,7 +112,7 @@ DEV void take_rows(const Rows& to, const void* x, const float* tau, const double
           bits |= (u32)!in << i;
           code[i] = token_code<ASYMMETRIC>(in ? v[b][i] : 0.0f, inverse[b], zero[b]);
         }
-        const int row = row_of(b), tile = row >> 4, inside = row & 15;
+        const int row = base + b, tile = row >> 4, inside = row & 15;
         const u32 even = bytes_of(code[0], code[2], code[4], code[6]), odd = bytes_of(code[1], code[3], code[5], code[7]);
 #if NATIVE
         to.codes[code_word(MT, tile, inside, k, 0)] = (even & 0x0f0f0f0fu) | (odd & 0x0f0f0f0fu) << 4;

@@ -13,7 +13,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ class TorchEngine:
         self.name, self.config, self.device, self.dtype = name, config, torch.device(device), dtype
         self._network = network.to(self.device).eval().requires_grad_(False)
         self._around = around
-        self._inputs = inputs or (lambda *noisy: network_input(*noisy, config))
+        self._inputs = inputs or partial(network_input, config=config)
 
     def logits(self, X: Tensor, E: Tensor, t: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine.logits`."""

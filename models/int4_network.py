@@ -23,7 +23,7 @@ from bitdgdm.kernels.int4_edge import Int4Edge, int4_edge, pack_edge
 from bitdgdm.kernels.int4_edge import supports as supports_edge
 from bitdgdm.kernels.launch import Device, Launcher, PyCudaMissing
 from bitdgdm.kernels.toolchain import missing
-from bitdgdm.models.digress import GraphTransformer, XEyTransformerLayer
+from bitdgdm.models.digress import XEyTransformerLayer
 from bitdgdm.models.digress_config import DigressConfig
 from bitdgdm.models.features import network_input
 from bitdgdm.models.kernel_engine import kernel_shape
@@ -113,19 +113,18 @@ class FusedEdges(nn.Module):
         return x_next, e_next.to(e.dtype), y_next
 
 
-def _fuse_edges(network: GraphTransformer, n_pad: int, launcher: Launcher) -> None:
-    for i, layer in enumerate(network.tf_layers):
-        at = layer.self_attn
-        found = (at.e_mul, at.e_add, at.e_out, layer.linE1, layer.linE2)
-        if not all(isinstance(m, Int4Layer) and m.alone for m in found):
-            continue
-        linears = [m.linear for m in found]
-        if supports_edge(linears, n_pad, launcher.shared_bytes)[0]:
-            norms = (layer.normE1.weight, layer.normE1.bias, layer.normE2.weight, layer.normE2.bias)
-            network.tf_layers[i] = FusedEdges(layer, pack_edge(linears, norms), launcher)
+def _fuse_edges(layer: XEyTransformerLayer, n_pad: int, launcher: Launcher) -> nn.Module:
+    """The layer, or what stands in for it."""
+    at = layer.self_attn
+    found = (at.e_mul, at.e_add, at.e_out, layer.linE1, layer.linE2)
+    linears = [m.linear for m in found if isinstance(m, Int4Layer) and m.alone]
+    if len(linears) < len(found) or not supports_edge(linears, n_pad, launcher.shared_bytes)[0]:
+        return layer
+    norms = (layer.normE1.weight, layer.normE1.bias, layer.normE2.weight, layer.normE2.bias)
+    return FusedEdges(layer, pack_edge(linears, norms), launcher)
 
 
-def fuse(network: GraphTransformer, artifact: Artifact, launcher: Launcher) -> nn.Module:
+def fuse(network: nn.Module, artifact: Artifact, launcher: Launcher) -> nn.Module:
     """Put FusedEdges and Int4Layers in the places of layers and Linears, in place. network: what `apply` made of the artifact."""
     for name, (parts, bias, tau) in artifact.layers.items():
         recipe = artifact.header.recipe.for_layer(name)
@@ -147,7 +146,10 @@ def fuse(network: GraphTransformer, artifact: Artifact, launcher: Launcher) -> n
         )  # fmt: skip
         owner, _, child = name.rpartition(".")
         setattr(network.get_submodule(owner), child, Int4Layer(packed, launcher, directions).to(launcher.device))
-    _fuse_edges(network.to(launcher.device), artifact.header.n_pad, launcher)
+    layers = network.to(launcher.device).get_submodule("tf_layers")
+    for name, layer in layers.named_children():
+        if isinstance(layer, XEyTransformerLayer):
+            setattr(layers, name, _fuse_edges(layer, artifact.header.n_pad, launcher))
     return network
 
 
@@ -161,9 +163,7 @@ def kernel_inputs(config: DigressConfig, launcher: Launcher) -> Callable[[Tensor
         y[:, -1] = t
         return rows.to(X.dtype), E, y.to(X.dtype)
 
-    if config.n_pad > MOST_NODES:
-        return partial(network_input, config=config)
-    return inputs
+    return inputs if config.n_pad <= MOST_NODES else partial(network_input, config=config)
 
 
 def open_gpu(config: DigressConfig) -> Device:

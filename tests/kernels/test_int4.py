@@ -47,7 +47,7 @@ def weights(out: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 @BOTH
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "width", "out"), [(1, 64, 64), (7, 128, 64), (33, 256, 128), (70, 192, 64), (3, 80, 64), (17, 2048, 64)]
+    ("rows", "width", "out"), [(1, 64, 64), (7, 128, 64), (33, 256, 128), (70, 192, 64), (3, 80, 64), (37, 320, 128), (17, 2048, 64)]
 )
 def test_a_plain_product_is_its_twin_to_the_last_bit(arch: str, asymmetric: bool, rows: int, width: int, out: int) -> None:
     (codes, scale, bias), x = weights(out, width), inputs(rows, width)
@@ -90,7 +90,7 @@ def method_layer(width: int, out: int) -> tuple[QuantLinear, Int4Linear, dict[st
 @EMULATED
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("width", "out"), [(64, 128), (256, 64), (1024, 64)])
+@pytest.mark.parametrize(("width", "out"), [(64, 128), (128, 64), (256, 64), (1024, 64)])
 def test_the_published_method_errs_at_most_twice_as_much_as_pytorch_with_its_branches_in_bf16(
     arch: str, dtype: torch.dtype, width: int, out: int
 ) -> None:
@@ -135,6 +135,16 @@ def test_a_row_depends_on_itself_alone(arch: str) -> None:
     assert torch.equal(got[others], whole[others])
     assert int4_linear(x[:0], packed, emulator(arch)).shape == (0, 128)
     assert torch.equal(int4_linear(x.view(7, 10, 64), packed, emulator(arch)).view(70, 128), whole)
+
+
+@EMULATED
+def test_codes_that_are_nothing_beside_their_branches_are_left_out() -> None:
+    codes, scale, bias = weights(64, 128)
+    up, down = torch.randn(64, 4).bfloat16(), torch.randn(128, 4).bfloat16()
+    scale[3] = 1e-38  # of L R^T divided by it nothing finite would be left
+    got = int4_linear(x := torch.randn(20, 128), pack(codes, scale, bias, up=up, down=down), emulator("90a"))
+    exact = twin(x, codes, scale, bias, side=up.float() @ down.float().T, dtype=torch.float64)
+    assert got.isfinite().all() and (got.double() - exact).norm() <= 4e-3 * exact.norm()
 
 
 @EMULATED
