@@ -81,11 +81,6 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--again", action="store_true", help="measure what is there already")
     p.add_argument("--compile", action="store_true", help="fuse each layer by torch.compile when sampling")
-    p.add_argument(
-        "--fused",
-        action="store_true",
-        help="sample through the kernel of 4-bit Linears where it computes the recipe",
-    )
     p.add_argument("--limit", type=float, default=float("inf"), help="start no recipe after so many seconds")
     p.add_argument("--artifacts", type=Path, help="keep artifacts here, and take them from here")
     p.add_argument("--tables", type=Path, help="keep the rows of all samples here, as Parquet")
@@ -109,7 +104,7 @@ def main() -> None:
         folder = a.artifacts or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         board = Board(
-            a.device, a.molecules, a.samples, a.steps, a.seed, a.results, folder, a.again, a.compile, a.fused, a.tables, files,
+            a.device, a.molecules, a.samples, a.steps, a.seed, a.results, folder, a.again, a.compile, a.tables, files,
             {(r["case"], r["metric"]): r for r in (read_rows(kept) if kept.exists() else [])},
         )  # fmt: skip
         failed: list[str] = []

@@ -52,7 +52,6 @@ class Board:
     artifacts: Path
     again: bool
     compiled: bool
-    fused: bool
     tables: Path | None
     files: dict[str, str]  # of recipes that are not in the book
     done: dict[tuple[str, str], Row]

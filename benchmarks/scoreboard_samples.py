@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +15,6 @@ import pyarrow.parquet as pq
 import torch
 from scoreboard_board import BEGAN, MODEL, Board, make_artifact, peak_mb, say, told
 
-from bitdgdm.infra.errors import KernelsUnavailable
 from bitdgdm.models.distribution import Measure
 from bitdgdm.models.divergence import held_out_states
 from bitdgdm.models.engine import TorchEngine, load_engine
@@ -75,9 +73,6 @@ def open_engine(recipe: str, model: str | Path, board: Board) -> Engine:
         engine = load_engine(model, "cuda", "fp32", engine="torch")
     else:
         engine = load_engine(model, "cuda", engine="auto")
-        if board.fused and isinstance(engine, TorchEngine):
-            with suppress(KernelsUnavailable):
-                engine = load_engine(model, "cuda", engine="kernels")
     if board.compiled and _how(engine) == EMULATED:
         compile_layers(engine, board)
     return engine

@@ -117,8 +117,9 @@ def pack(
 ) -> Int4Linear:
     """Pack W ~ codes * scale[:, None] + up down^T + sparse.
 
-    codes: int8[out, in] in [-8, 7]; scale, bias: float[out]; up: float[out, R], down: float[in, R] (kept in bf16);
-    sparse: float[out, in], mostly zero (kept as lists of bf16, as wide as its fullest row). asymmetric: inputs get
+    codes: int8[out, in] in [-8, 7]; scale, bias: float[out]; up: float[out, R], down: float[in, R], rounded to bf16;
+    sparse: float[out, in], mostly zero. Up to 256 channels these become one bf16 matrix; beyond, sparse is kept as lists of
+    bf16, as wide as its fullest row. asymmetric: inputs get
     codes 0..15 from a zero point; else -7..7. sigma: |x| beyond sigma times the row's root mean square are outliers; tau:
     float[in], limits of |x| a channel, instead. Raises: ValueError with the reason of `supports`.
     """

@@ -135,7 +135,7 @@ def choose_engine(
 
     device: "auto" (CUDA when there is one), "cpu" or "cuda". engine: "kernels", "torch", or "auto": the kernels
     where they can run the model on this GPU, else PyTorch. precision of what isn't quantized: "fp32", "bf16" (CUDA
-    only) or "auto": bf16 with the kernels, which know no other, else fp32.
+    only) or "auto": bf16 with the kernels, fp32 between those of 4-bit recipes and in PyTorch.
     Raises: BadInput for a device, precision or engine that isn't there; KernelsUnavailable if they were asked for;
     ArtifactCorrupt for another digest; what `load_source` and `load_artifact` raise.
     """
@@ -170,7 +170,8 @@ def _choose(opened: _Opened, device: str, precision: str, engine: str) -> Choice
         reason = shortfall(opened.network)  # a recipe computed in part is run only by name
     if not reason:
         return Choice(kind, "bf16", "kernels", shortfall(opened.network))
-    if engine == "kernels" and opened.artifact is not None and not int4_refusal(opened.artifact):
+    asked = engine == "kernels" or precision == "auto"
+    if asked and opened.artifact is not None and not int4_refusal(opened.artifact):
         return Choice(kind, plain, "kernels", FUSED_LINEARS)
     if engine == "kernels":
         raise KernelsUnavailable(reason)

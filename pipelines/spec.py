@@ -51,7 +51,7 @@ class CampaignSpec(BaseModel):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="arithmetic of the parts that are not quantized; auto is bf16 with the kernels, else fp32",
+        description="arithmetic of the parts that are not quantized; auto is bf16 where our kernels run all of the model, else fp32",
     )
     novelty: str | None = Field(
         "builtin:qm9", description="reference set of known molecules (builtin:qm9 or a file), or null"

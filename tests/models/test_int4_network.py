@@ -71,7 +71,7 @@ def test_a_fused_network_says_what_quant_linear_says(recipe: str) -> None:
         assert (ours - theirs).norm() <= 0.01 * theirs.norm()
 
 
-def test_kernels_by_name_fuse_the_linears_of_a_4_bit_artifact_and_auto_leaves_it_to_pytorch(
+def test_a_4_bit_artifact_runs_on_its_kernels_unless_fp32_is_asked_for_or_the_gpu_is_too_old(
     artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "one.safetensors"
@@ -79,10 +79,12 @@ def test_kernels_by_name_fuse_the_linears_of_a_4_bit_artifact_and_auto_leaves_it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     monkeypatch.setattr(int4_network, "missing", lambda: "")
-    assert choose_engine(path, engine="kernels") == Choice("cuda", "fp32", "kernels", FUSED_LINEARS)
+    fused = Choice("cuda", "fp32", "kernels", FUSED_LINEARS)
+    assert choose_engine(path) == fused == choose_engine(path, engine="kernels", precision="fp32")
+    assert choose_engine(path, precision="fp32").engine == "torch" == choose_engine(path, engine="torch").engine
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     chosen = choose_engine(path)
     assert chosen.engine == "torch" and "bitdgdm-w4a4-r16-s1" in chosen.reason
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(KernelsUnavailable, match="bitdgdm-w4a4-r16-s1"):
         choose_engine(path, engine="kernels")
 
