@@ -96,7 +96,7 @@ DEV void take_rows(const Rows& to, const void* x, const float* tau, const double
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       float scale;
-      token_scale<ASYMMETRIC>(least[b], most[b], scale, inverse[b], zero[b]);
+      token_scale<ASYMMETRIC>(least[b], most[b], top_of_4_bit<ASYMMETRIC>(), scale, inverse[b], zero[b]);
       if (lane == 0) to.scale[base + b] = broken[b] > 0 ? as_float(0x7fffffffu) : scale, to.zero[base + b] = zero[b];
     }
     for (int c = 0; c < chunks; c++) {
@@ -110,7 +110,7 @@ DEV void take_rows(const Rows& to, const void* x, const float* tau, const double
         for (int i = 0; i < 8; i++) {
           const bool in = inlier(b, i, k);
           bits |= (u32)!in << i;
-          code[i] = token_code<ASYMMETRIC>(in ? v[b][i] : 0.0f, inverse[b], zero[b]);
+          code[i] = token_code<ASYMMETRIC>(in ? v[b][i] : 0.0f, top_of_4_bit<ASYMMETRIC>(), inverse[b], zero[b]);
         }
         const int row = base + b, tile = row >> 4, inside = row & 15;
         const u32 even = bytes_of(code[0], code[2], code[4], code[6]), odd = bytes_of(code[1], code[3], code[5], code[7]);

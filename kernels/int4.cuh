@@ -26,18 +26,24 @@ DEV void load8(float (&v)[8], const float* x) {
   v[4] = as_float(q.x), v[5] = as_float(q.y), v[6] = as_float(q.z), v[7] = as_float(q.w);
 }
 
-// Scale and zero point of a row whose inliers reach from `least` to `most` (in absolute value, of symmetric codes).
+// The largest code of 4 bit.
 template <bool ASYMMETRIC>
-DEV void token_scale(float least, float most, float& scale, float& inverse, int& zero) {  // one rounding an operation
-  scale = fmaxf(ASYMMETRIC ? mul_rn(add_rn(most, -least), 1.0f / 15) : mul_rn(most, 1.0f / 7), TINY);
+DEV int top_of_4_bit() { return ASYMMETRIC ? 15 : 7; }
+
+// Scale and zero point of a row whose inliers reach from `least` to `most` (in absolute value, of symmetric codes) with codes
+// up to `top`.
+template <bool ASYMMETRIC>
+DEV void token_scale(float least, float most, int top, float& scale, float& inverse, int& zero) {  // one rounding an operation
+  const float step = reciprocal((float)top);
+  scale = fmaxf(ASYMMETRIC ? mul_rn(add_rn(most, -least), step) : mul_rn(most, step), TINY);
   inverse = reciprocal(scale), zero = ASYMMETRIC ? (int)rintf(mul_rn(least, inverse)) : 0;
 }
 
 // The code of v in the lowest byte: half to even; of a row that is not broken it is within its limits.
 template <bool ASYMMETRIC>
-DEV u32 token_code(float v, float inverse, int zero) {
+DEV u32 token_code(float v, int top, float inverse, int zero) {
   const u32 code = bits_of(add_rn(mul_rn(v, inverse), EVEN));
-  return ASYMMETRIC ? (u32)min((int)(code - bits_of(EVEN)) - zero, 15) : code;
+  return ASYMMETRIC ? (u32)min((int)(code - bits_of(EVEN)) - zero, top) : code;
 }
 
 // The lowest bytes of four words.

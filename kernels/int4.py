@@ -1,4 +1,5 @@
-"""A Linear of 4-bit weights and 4-bit inputs with its side branches, as one launch (int4_narrow.cu, int4.cu).
+"""A Linear of 4-bit weights and 4-bit inputs with its side branches, as one launch (int4_narrow.cu, int4.cu). Up to 256
+channels also of inputs of 5 to 8 bit and weights of 3 to 8 (int8_narrow.cu).
 
 Guarantees: the integer part is exact, so the result without branches is QuantLinear's to the last bit, on every GPU;
 a row's result depends on the row alone. sm_80, 86 and 89 multiply 4-bit codes as they are; sm_90 and later, whose
@@ -22,7 +23,7 @@ from bitdgdm.kernels.pack import pack_weight
 STEP, ROUND = 64, 64  # inner length of a product's step, channels of a round
 NARROW = (64, 128, 256)  # inner lengths of int4_narrow.cu
 MOST_RANK = 32
-_BF16, _OUTLIERS = 1, 2  # flags of int4.cu
+_BF16, _OUTLIERS, _WIDE = 1, 2, 4  # flags of the kernels
 _WARPS = 4
 
 
@@ -31,7 +32,7 @@ class Int4Linear:
     """A Linear packed for the kernel, on its device; None where there is no such part. Layouts: see int4.cu.
 
     `length` is the inner length, padded to a narrow one or whole steps; a shorter input is padded too. A narrow Linear has
-    `side`, a longer one codes_t, up, down and sparse.
+    `side`, a longer one codes_t, up, down and sparse. wide: a byte a weight.
     """
 
     out_features: int
@@ -44,11 +45,23 @@ class Int4Linear:
     row_sums: Tensor
     tau: Tensor | None
     factor: Tensor | None
+    act_bits: int = 4
+    wide: bool = False
     side: Tensor | None = None
     codes_t: Tensor | None = None
     down: Tensor | None = None
     up: Tensor | None = None
     sparse: Tensor | None = None
+
+    @property
+    def top(self) -> int:
+        """The largest code of an input."""
+        return 2 ** (self.act_bits if self.asymmetric else self.act_bits - 1) - 1
+
+    @property
+    def kind(self) -> str:
+        """Which sources there are for such inputs: int4 or int8."""
+        return "int4" if self.act_bits == 4 else "int8"
 
     @property
     def branches(self) -> bool:
@@ -82,9 +95,12 @@ def _shared(length: int, tiles: int, branches: bool, arch: str) -> int:
 
 
 def supports(
-    out_features: int, in_features: int, *, rank: int = 0, branches: bool = False, arch: str = "90a", shared_bytes: int = 101376
-) -> tuple[bool, str]:
+    out_features: int, in_features: int, *, rank: int = 0, branches: bool = False, arch: str = "90a", shared_bytes: int = 101376,
+    act_bits: int = 4, weight_bits: int = 4,
+) -> tuple[bool, str]:  # fmt: skip
     """Whether the kernel takes a Linear on such a GPU, and why not."""
+    if not (act_bits == 4 == weight_bits or (5 <= act_bits <= 8 and 3 <= weight_bits <= 8)):
+        return False, f"int4_linear takes 4-bit weights and inputs, or 3 to 8 and 5 to 8 bit, not {weight_bits} and {act_bits}"
     if out_features % ROUND:
         return False, f"int4_linear takes multiples of {ROUND} output channels, not {out_features}"
     if int(arch.rstrip("a")) < 80:
@@ -92,6 +108,8 @@ def supports(
     length = _length(in_features)
     if length in NARROW:
         return True, ""
+    if act_bits > 4:
+        return False, f"int4_linear takes inputs of {act_bits} bit up to {NARROW[-1]} channels, not {in_features}"
     if rank > MOST_RANK:
         return False, f"int4_linear takes rank {MOST_RANK} at most of more than {NARROW[-1]} channels, not {rank}"
     need = _shared(length, 1, branches, arch)
@@ -113,18 +131,20 @@ def pack(
     up: Tensor | None = None,
     down: Tensor | None = None,
     sparse: Tensor | None = None,
+    act_bits: int = 4,
+    weight_bits: int = 4,
     device: torch.device | str = "cpu",
 ) -> Int4Linear:
     """Pack W ~ codes * scale[:, None] + up down^T + sparse.
 
-    codes: int8[out, in] in [-8, 7]; scale, bias: float[out]; up: float[out, R], down: float[in, R], rounded to bf16;
+    codes: int8[out, in] of `weight_bits`; scale, bias: float[out]; up: float[out, R], down: float[in, R], rounded to bf16;
     sparse: float[out, in], mostly zero. Up to 256 channels these become one bf16 matrix; beyond, sparse is kept as lists of
     bf16, as wide as its fullest row. asymmetric: inputs get
-    codes 0..15 from a zero point; else -7..7. sigma: |x| beyond sigma times the row's root mean square are outliers; tau:
+    codes 0..2^act_bits - 1 from a zero point; else as many on both sides of 0. sigma: |x| beyond sigma times the row's root mean square are outliers; tau:
     float[in], limits of |x| a channel, instead. Raises: ValueError with the reason of `supports`.
     """
     n, k = codes.shape
-    ok, reason = supports(n, k, rank=0 if up is None else up.shape[1], shared_bytes=1 << 30)
+    ok, reason = supports(n, k, rank=0 if up is None else up.shape[1], shared_bytes=1 << 30, act_bits=act_bits, weight_bits=weight_bits)
     if not ok:
         raise ValueError(reason)
     length = _length(k)
@@ -148,8 +168,9 @@ def pack(
     order = _narrow_order(n) if length in NARROW else torch.arange(n)
     common = Int4Linear(
         n, k, length, asymmetric, sigma is not None or tau is not None,
-        there(_words(full[order])), there(torch.stack((scale, torch.zeros(n) if bias is None else bias.float().cpu()))),
+        there((_bytes if weight_bits > 4 else _words)(full[order])), there(torch.stack((scale, torch.zeros(n) if bias is None else bias.float().cpu()))),
         there(full.sum(1).to(torch.int32)), or_none(limits), or_none(factor),
+        act_bits, weight_bits > 4,
     )  # fmt: skip
     if length in NARROW:
         return replace(common, side=or_none(_narrow_side(side, order)))
@@ -168,6 +189,13 @@ def _words(full: Tensor) -> Tensor:
     # n tile, h, g, k step, half, l, i -> k step, n tile, lane (g, l), word (h, half), nibble i
     parts = full.view(n // 16, 2, 8, length // 64, 2, 4, 8).permute(3, 0, 2, 5, 1, 4, 6)
     return _nibbles(parts.reshape(length // 64, n // 16, 32, 4, 8)).view(torch.int32).squeeze(-1)
+
+
+def _bytes(full: Tensor) -> Tensor:
+    """B fragments of a byte a weight: int8[K / 64, N / 16, 2 n-tiles, 32 lanes, 16] of codes int64[N, K]."""
+    n, length = full.shape
+    # n tile, h, g, k step, half, l, i, odd -> k step, n tile, h, lane (g, l), half, odd, i
+    return full.view(n // 16, 2, 8, length // 64, 2, 4, 4, 2).permute(3, 0, 1, 2, 5, 4, 7, 6).reshape(length // 64, n // 16, 2, 32, 16).to(torch.int8)
 
 
 def _narrow_order(n: int) -> Tensor:
@@ -233,7 +261,7 @@ def int4_linear(x: Tensor, linear: Int4Linear, launcher: Launcher) -> Tensor:
         raise ValueError(f"int4_linear takes float32 or bf16 [..., {linear.in_features}], not {x.dtype} {list(x.shape)}")
     ok, reason = supports(
         linear.out_features, linear.in_features, rank=linear.rank, branches=linear.branches, arch=launcher.arch,
-        shared_bytes=launcher.shared_bytes,
+        shared_bytes=launcher.shared_bytes, act_bits=linear.act_bits, weight_bits=8 if linear.wide else 4,
     )  # fmt: skip
     if not ok:
         raise ValueError(reason)
@@ -252,9 +280,9 @@ def _launch(x: Tensor, y: Tensor, w: Int4Linear, launcher: Launcher) -> None:
     if w.length in NARROW:
         tiles = 2 if w.length == 64 else 1
         launcher.launch(
-            "int4_narrow", f"int4_{w.length}" + "_asymmetric" * w.asymmetric, -(-len(x) // (16 * tiles * _WARPS)), 32 * _WARPS,
+            f"{w.kind}_narrow", f"int4_{w.length}" + "_asymmetric" * w.asymmetric, -(-len(x) // (16 * tiles * _WARPS)), 32 * _WARPS,
             _WARPS * w.length * 32 * tiles * w.outliers,
-            (x, y, w.words, w.vec, w.row_sums, w.tau, w.factor, w.side, len(x), w.out_features, flags),
+            (x, y, w.words, w.vec, w.row_sums, w.tau, w.factor, w.side, len(x), w.out_features, flags | _WIDE * w.wide, w.top),
         )  # fmt: skip
         return
     tiles = 2 if _shared(w.length, 2, w.branches, launcher.arch) <= launcher.shared_bytes else 1

@@ -21,7 +21,7 @@ _WARPS, _WARP_BYTES = 4, 16 * (8 * 4 * 32 + 256 + 32 * 36 // 4)  # see int4_edge
 
 @dataclass(frozen=True)
 class Int4Edge:
-    """The Linears of a layer's edges, packed, and what the kernel reads of them: `table` holds their addresses."""
+    """The Linears of a layer's edges, packed, and what the kernel reads of them: `table` is its Linear structs."""
 
     linears: tuple[Int4Linear, ...]
     table: Tensor
@@ -34,8 +34,8 @@ def supports(linears: Sequence[Int4Linear], n: int, shared_bytes: int) -> tuple[
     found = tuple((w.out_features, w.in_features) for w in linears)
     if found != SHAPES:
         return False, f"int4_edge takes Linears of {SHAPES}, not {found}"
-    if len({w.asymmetric for w in linears}) > 1:
-        return False, "int4_edge takes Linears whose inputs are all rounded from a zero point, or none"
+    if len({(w.asymmetric, w.act_bits > 4) for w in linears}) > 1:
+        return False, "int4_edge takes Linears whose inputs are all rounded from a zero point, or none, and all to 4 bit, or none"
     if not all(_equal(getattr(linears[0], kind), getattr(linears[1], kind)) for kind in ("tau", "factor")):
         return False, "int4_edge rounds the input of e_mul and e_add once, and their limits of outliers differ"
     if not 1 <= n <= MOST_NODES:
@@ -53,12 +53,14 @@ def pack_edge(linears: Sequence[Int4Linear], norms: Sequence[Tensor]) -> Int4Edg
     """linears: e_mul, e_add, e_out, linE1, linE2, which `supports` took, on their device; norms: gamma, beta [64] of normE1,
     then of normE2.
     """
-    address = [
-        [0 if t is None else t.data_ptr() for t in (w.words, w.vec, w.row_sums, w.side, w.tau, w.factor)] for w in linears
-    ]
+
+    def at(t: Tensor | None) -> int:
+        return 0 if t is None else t.data_ptr()
+
+    table = [[*map(at, (w.words, w.vec, w.row_sums, w.side)), int(w.wide), at(w.tau), at(w.factor), w.top] for w in linears]
     device = linears[0].words.device
     vectors = torch.stack([v.detach().float() for v in norms]).to(device)
-    return Int4Edge(tuple(linears), torch.tensor(address, device=device), vectors, linears[0].asymmetric)
+    return Int4Edge(tuple(linears), torch.tensor(table, device=device), vectors, linears[0].asymmetric)
 
 
 def int4_edge(
@@ -81,7 +83,7 @@ def int4_edge(
     if b:
         per_graph = -(-n // (MOST_NODES // n))
         launcher.launch(
-            "int4_edge", "int4_edge" + "_asymmetric" * layer.asymmetric, -(-b * per_graph // _WARPS), 32 * _WARPS,
+            f"{layer.linears[0].kind}_edge", "int4_edge" + "_asymmetric" * layer.asymmetric, -(-b * per_graph // _WARPS), 32 * _WARPS,
             _WARPS * _WARP_BYTES,
             (inputs[0], out, *inputs[1:], gathered, layer.table, layer.norms, b, n),
         )  # fmt: skip

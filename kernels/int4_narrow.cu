@@ -7,6 +7,8 @@
 // Operations a row: K N MAC of 4 bit (8 bit on sm_90), K N of bf16 for P, K N of bf16 for outliers; bytes a row: x and y.
 #include "int4_rows.cuh"
 
+#define WIDE 4  // flag
+
 template <int CHUNKS, int MT, bool ASYMMETRIC>
 DEV void narrow(const void* __restrict__ x, void* __restrict__ y, const Weights& by, const Limits& limits, int M, int N, int flags,
                 u8* shared) {
@@ -46,17 +48,18 @@ DEV void narrow(const void* __restrict__ x, void* __restrict__ y, const Weights&
   }
 }
 
-// x: [M][K], y: [M][N], float32 or (flag 1) bf16. w, vec, row_sums, side: see Weights. tau [K] or factor: one double, or neither.
+// x: [M][K], y: [M][N], float32 or (flag 1) bf16. Flag WIDE, top: see Weights and Limits. w, vec, row_sums, side: see Weights. tau [K] or factor: one double, or neither.
 #define INT4_NARROW(NAME, BLOCKS, CHUNKS, MT, ASYMMETRIC)                                                                     \
   KERNEL(128, BLOCKS)                                                                                                        \
   NAME(const void* x, void* y, const uint4* w, const float* vec, const int* row_sums, const float* tau, const double* factor, \
-       const uint4* side, int M, int N, int flags) {                                                                         \
+       const uint4* side, int M, int N, int flags, int top) {                                                                \
     SHARED(shared);                                                                                                          \
-    narrow<CHUNKS, MT, ASYMMETRIC>(x, y, Weights{w, vec, row_sums, side}, Limits{tau, factor}, M, N, flags, shared);          \
+    narrow<CHUNKS, MT, ASYMMETRIC>(x, y, Weights{w, vec, row_sums, side, flags & WIDE}, Limits{tau, factor, top}, M, N, flags, \
+                                   shared);                                                                                  \
   }
-INT4_NARROW(int4_64, 3, 1, 2, false)
-INT4_NARROW(int4_64_asymmetric, 3, 1, 2, true)
-INT4_NARROW(int4_128, 4, 2, 1, false)
-INT4_NARROW(int4_128_asymmetric, 4, 2, 1, true)
+INT4_NARROW(int4_64, BYTES ? 2 : 3, 1, 2, false)
+INT4_NARROW(int4_64_asymmetric, BYTES ? 2 : 3, 1, 2, true)
+INT4_NARROW(int4_128, BYTES ? 3 : 4, 2, 1, false)
+INT4_NARROW(int4_128_asymmetric, BYTES ? 3 : 4, 2, 1, true)
 INT4_NARROW(int4_256, 2, 4, 1, false)
 INT4_NARROW(int4_256_asymmetric, 2, 4, 1, true)

@@ -1,4 +1,5 @@
-// A warp's 16 MT rows of 64 CHUNKS channels as the input of 4-bit Linears, in registers, and products with them.
+// A warp's 16 MT rows of 64 CHUNKS channels as the input of 4-bit Linears, in registers, and products with them. With BYTES
+// of Linears whose inputs have codes of 5 to 8 bit, and weights of 3 to 8.
 //
 // A lane has 8 channels of a row at once, k = 8 l and 32 + 8 l of 64, and is the only one to touch them: the order of k in a
 // product is free, so they are its part of every A operand.
@@ -16,6 +17,7 @@
 struct Limits {
   const float* tau;
   const double* factor;
+  long long top;  // the largest code; of 4 bit it is not read
 };
 
 struct Weights {        // see pack in int4.py
@@ -23,6 +25,7 @@ struct Weights {        // see pack in int4.py
   const float* vec;     // scale [N], bias [N]
   const int* row_sums;  // [N] of the codes
   const uint4* side;    // bf16 [K / 16][N / 16][32 lanes][8], or null
+  long long wide;       // a byte a weight: w is [K / 64][N / 16][2 n-tiles][32 lanes][16]. Only with BYTES
 };
 
 // Codes i and i + 4 of a word as a pair of bf16.
@@ -30,6 +33,9 @@ DEV u32 code_pair(u32 word, int i) {
   const u32 above = (word >> 4 * i & 0x000f000fu) ^ 0x43084308u;  // 128 + (code + 8)
   return fma2(above, 0x3f803f80u, 0xc308c308u);
 }
+
+// Codes j and j + 2 of a word of bytes as a pair of bf16.
+DEV u32 byte_pair(u32 word, int j) { return pack2((float)((int)(word << (24 - 8 * j)) >> 24), (float)((int)(word << (8 - 8 * j)) >> 24)); }
 
 // KEPT: x as bf16 stays where it is, in shared memory, instead of in registers.
 template <int CHUNKS, int MT, bool ASYMMETRIC, bool KEPT = false>
@@ -48,6 +54,7 @@ struct Tokens {
   MEMBER void take(const Get& get, const Limits& limits, uint4* shared, int lane) {
     const int l = lane & 3;
     apart = limits.tau || limits.factor ? shared + lane : (uint4*)0;
+    const int top_code = BYTES ? (int)limits.top : top_of_4_bit<ASYMMETRIC>();
     float limit[MT][2], inverse[MT][2];
     auto tops = [&](float (&top)[8], int mt, int c, int h, int hi) {
       if (limits.tau) return load8(top, limits.tau + c * 64 + h * 32 + l * 8);
@@ -89,7 +96,7 @@ struct Tokens {
           }
         most = quad_max(most), broken = quad_sum(broken);
         if (ASYMMETRIC) least = -quad_max(-least);
-        token_scale<ASYMMETRIC>(least, most, scale[mt][hi], inverse[mt][hi], zero[mt][hi]);
+        token_scale<ASYMMETRIC>(least, most, top_code, scale[mt][hi], inverse[mt][hi], zero[mt][hi]);
         if (broken != 0) scale[mt][hi] = as_float(0x7fffffffu);
       }
 #pragma unroll
@@ -109,7 +116,7 @@ struct Tokens {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
               in[i] = fabsf(v[i]) <= top[i];
-              code[i] = token_code<ASYMMETRIC>(in[i] ? v[i] : 0.0f, inverse[mt][hi], zero[mt][hi]);
+              code[i] = token_code<ASYMMETRIC>(in[i] ? v[i] : 0.0f, top_code, inverse[mt][hi], zero[mt][hi]);
             }
             even[h][hi] = bytes_of(code[0], code[2], code[4], code[6]), odd[h][hi] = bytes_of(code[1], code[3], code[5], code[7]);
             if (!KEPT) own[KEPT ? 0 : mt][c][h][hi] = make_uint4(pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7]));
@@ -139,17 +146,33 @@ struct Tokens {
 #pragma unroll
     for (int i = 0; i < MT * 16; i++) acc[i >> 4][i >> 2 & 3][i & 3] = 0, sum[i >> 4][i >> 2 & 3][i & 3] = 0;
     auto words = [&](int c, int np) { return load16(by.w + (c * (N >> 4) + (n0 >> 4) + np) * 32 + lane); };
+#if BYTES
+    auto bytes = [&](int c, int nt) { return load16(by.w + ((c * (N >> 4) + (n0 >> 4)) * 2 + nt) * 32 + lane); };
+    const bool wide = by.wide;
+    if (wide)
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
+      for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-      for (int np = 0; np < 2; np++) {
-        const uint4 b = words(c, np);
+        for (int nt = 0; nt < 4; nt++) {
+          const uint4 b = bytes(c, nt);
 #pragma unroll
-        for (int mt = 0; mt < MT; mt++) {
-          add_codes<!ASYMMETRIC>(acc[mt][2 * np], codes[mt][c], b.x, b.y);
-          add_codes<!ASYMMETRIC>(acc[mt][2 * np + 1], codes[mt][c], b.z, b.w);
+          for (int mt = 0; mt < MT; mt++) add_bytes<!ASYMMETRIC>(acc[mt][nt], codes[mt][c], b);
         }
-      }
+#else
+    const bool wide = false;
+#endif
+    if (!wide)
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+        for (int np = 0; np < 2; np++) {
+          const uint4 b = words(c, np);
+#pragma unroll
+          for (int mt = 0; mt < MT; mt++) {
+            add_codes<!ASYMMETRIC>(acc[mt][2 * np], codes[mt][c], b.x, b.y);
+            add_codes<!ASYMMETRIC>(acc[mt][2 * np + 1], codes[mt][c], b.z, b.w);
+          }
+        }
     if (by.side)
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++)
@@ -166,7 +189,22 @@ struct Tokens {
               mma(sum[mt][2 * np + 1], a, b.z, b.w, sum[mt][2 * np + 1]);
             }
           }
-    if (apart)
+#if BYTES
+    if (apart && wide)
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+        for (int nt = 0; nt < 4; nt++) {
+          const uint4 b = bytes(c, nt);
+#pragma unroll
+          for (int s = 0; s < 4; s++) {
+            const u32 p = byte_pair(s < 2 ? b.x : b.z, s & 1), q = byte_pair(s < 2 ? b.y : b.w, s & 1);
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++) mma(sum[mt][nt], apart[((mt * CHUNKS + c) * 4 + s) * 32], p, q, sum[mt][nt]);
+          }
+        }
+#endif
+    if (apart && !wide)
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
@@ -197,7 +235,7 @@ struct Tokens {
         load8(s, by.vec + n), load8(b, by.vec + N + n);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-          const int total = (acc[mt][i >> 1][2 * hi + (i & 1)] >> SUM_SHIFT) + zero[mt][hi] * sums[i];
+          const int total = (acc[mt][i >> 1][2 * hi + (i & 1)] >> (wide ? 0 : SUM_SHIFT)) + zero[mt][hi] * sums[i];
           const float v = add_rn(mul_rn((float)total, scale[mt][hi]), sum[mt][i >> 1][2 * hi + (i & 1)]);
           out[mt][hi][i] = add_rn(mul_rn(v, s[i]), b[i]);
         }

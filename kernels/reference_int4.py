@@ -26,16 +26,17 @@ def outliers(x: Tensor, sigma: float | None, tau: Tensor | None) -> Tensor:
     return ~(x.abs() <= tau)
 
 
-def round_tokens(x: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor]:
-    """4-bit codes of rows, int64[M, K] centred on their zero, and scales float32[M, 1]. x: float32[M, K]."""
+def round_tokens(x: Tensor, asymmetric: bool, bits: int = 4) -> tuple[Tensor, Tensor]:
+    """Codes of rows, int64[M, K] centred on their zero, and scales float32[M, 1]. x: float32[M, K]."""
+    top = 2 ** (bits if asymmetric else bits - 1) - 1
     if asymmetric:
         low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-        scale = ((high - low) * (1 / 15)).clamp(min=TINY)
+        scale = ((high - low) * (1 / top)).clamp(min=TINY)
         inverse = 1 / scale
         zero = (low * inverse).round()
-        return torch.minimum((x * inverse).round(), zero + 15).long(), scale
-    scale = (x.abs().amax(1, keepdim=True) * (1 / 7)).clamp(min=TINY)
-    return (x * (1 / scale)).round().clamp(-7, 7).long(), scale
+        return torch.minimum((x * inverse).round(), zero + top).long(), scale
+    scale = (x.abs().amax(1, keepdim=True) * (1 / top)).clamp(min=TINY)
+    return (x * (1 / scale)).round().clamp(-top, top).long(), scale
 
 
 def int4_linear(
@@ -48,6 +49,7 @@ def int4_linear(
     sigma: float | None = None,
     tau: Tensor | None = None,
     side: Tensor | None = None,
+    act_bits: int = 4,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y = s_w (s_x (Q(x_D) codes^T) + x_S codes^T) + x side^T + b.
@@ -56,7 +58,7 @@ def int4_linear(
     is float32, each operation rounded once; with them it is of `dtype`.
     """
     apart = outliers(x, sigma, tau)
-    q, row_scale = round_tokens(x.masked_fill(apart, 0), asymmetric)
+    q, row_scale = round_tokens(x.masked_fill(apart, 0), asymmetric, act_bits)
     exact = q @ codes.long().T
     y = (exact.float() * row_scale).to(dtype)
     if sigma is not None or tau is not None:

@@ -35,7 +35,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 ENGINES = ("auto", "torch", "kernels")
-FUSED_LINEARS = "features, a layer's edges and each other Linear of 4 bit are one of our kernels each, the rest is PyTorch"
+FUSED_LINEARS = "features, a layer's edges and each other integer Linear are one of our kernels each, the rest is PyTorch"
 log = logging.getLogger("bitdgdm.engine")
 
 
@@ -170,8 +170,10 @@ def _choose(opened: _Opened, device: str, precision: str, engine: str) -> Choice
         reason = shortfall(opened.network)  # a recipe computed in part is run only by name
     if not reason:
         return Choice(kind, "bf16", "kernels", shortfall(opened.network))
-    asked = engine == "kernels" or precision == "auto"
-    if asked and opened.artifact is not None and not int4_refusal(opened.artifact):
+    artifact = opened.artifact
+    # inputs of 8 bit by name only: those kernels have not been timed yet
+    asked = engine == "kernels" or (precision == "auto" and artifact is not None and artifact.header.recipe.act_bits == 4)
+    if asked and artifact is not None and not int4_refusal(artifact):
         return Choice(kind, plain, "kernels", FUSED_LINEARS)
     if engine == "kernels":
         raise KernelsUnavailable(reason)

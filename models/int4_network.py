@@ -1,4 +1,4 @@
-"""A network of 4-bit recipes: a launch a layer for its edges, one for each other Linear (kernels/int4*.py), one for the
+"""A network of 4- to 8-bit integer recipes: a launch a layer for its edges, one for each other Linear (kernels/int4*.py), one for the
 features, all else in PyTorch.
 
 Guarantees: the integers are QuantLinear's; the branches (low rank, sparse, outliers) see the input in bf16. Directions
@@ -33,7 +33,7 @@ from bitdgdm.quant.parts import codes, factors, sparse
 from bitdgdm.quant.recipe import Recipe
 
 _FIXED = {
-    "weight_bits": 4, "act_bits": 4, "weight_format": "int", "weight_group": 0, "remainder": True, "columns": 0,
+    "weight_format": "int", "weight_group": 0, "remainder": True, "columns": 0,
     "premul": "none", "act_format": "int", "act_scale": "token", "outlier_budget": 0, "cross_product": True,
 }  # fmt: skip
 
@@ -55,6 +55,9 @@ def recipe_refusal(recipe: Recipe) -> str:
     for field, value in _FIXED.items():
         if getattr(recipe, field) != value:
             return f"int4_linear computes {field} {value}, recipe {recipe.name} says {getattr(recipe, field)}"
+    ok, reason = supports(64, 64, act_bits=recipe.act_bits, weight_bits=recipe.weight_bits)
+    if not ok:
+        return f"{reason} of recipe {recipe.name}"
     if recipe.low_rank_metric != "input" and recipe.rank + recipe.repair_rank > MOST_RANK:
         return f"int4_linear takes rank {MOST_RANK} at most, not {recipe.rank + recipe.repair_rank}"
     return ""
@@ -134,7 +137,7 @@ def fuse(network: nn.Module, artifact: Artifact, launcher: Launcher) -> nn.Modul
         up, down = both if both is not None else (None, None)
         ok, _ = supports(
             *parts.shape, rank=0 if up is None else up.shape[1], branches=True, arch=launcher.arch,
-            shared_bytes=launcher.shared_bytes,
+            shared_bytes=launcher.shared_bytes, act_bits=recipe.act_bits, weight_bits=recipe.weight_bits,
         )  # fmt: skip
         if not ok:
             continue
@@ -142,7 +145,7 @@ def fuse(network: nn.Module, artifact: Artifact, launcher: Launcher) -> nn.Modul
         packed = pack(
             codes(parts), parts.scale, bias, asymmetric=recipe.act_asymmetric, sigma=recipe.outlier_sigma,
             tau=None if tau is None or recipe.outlier_sigma is None else inner_tau(tau, recipe, None), up=up, down=down, sparse=sparse(parts),
-            device=launcher.device,
+            act_bits=recipe.act_bits, weight_bits=recipe.weight_bits, device=launcher.device,
         )  # fmt: skip
         owner, _, child = name.rpartition(".")
         setattr(network.get_submodule(owner), child, Int4Layer(packed, launcher, directions).to(launcher.device))

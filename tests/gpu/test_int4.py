@@ -81,10 +81,30 @@ def test_every_branch_errs_at_most_twice_as_much_as_pytorch_in_bf16(
     assert (got - exact).norm() <= 2 * (low - exact).norm()
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("act_bits", "weight_bits"), [(8, 8), (8, 4), (6, 6)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (4097, 128), (333, 256)])
+def test_so_is_one_of_inputs_of_5_to_8_bit(
+    device: Device, asymmetric: bool, act_bits: int, weight_bits: int, rows: int, width: int
+) -> None:
+    g, most = torch.Generator().manual_seed(rows), 2 ** (weight_bits - 1)
+    codes = torch.randint(-most, most, (128, width), generator=g).to(torch.int8)
+    scale, bias, x = torch.rand(128, generator=g), torch.randn(128, generator=g), torch.randn(rows, width, generator=g)
+    packed = pack(
+        codes, scale, bias, asymmetric=asymmetric, act_bits=act_bits, weight_bits=weight_bits, device=device.device
+    )
+    with device.stream():
+        got = int4_linear(x.to(device.device), packed, device)
+    assert torch.equal(got.cpu(), twin(x, codes, scale, bias, asymmetric=asymmetric, act_bits=act_bits))
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (8, 8), (4, 8)])
 @pytest.mark.parametrize("branches", [False, True])
 @pytest.mark.parametrize("n", [9, 27])
-def test_a_layers_edges_err_at_most_twice_as_much_as_pytorch_in_bf16(device: Device, n: int, branches: bool) -> None:
-    packed, linears, norms = layer(True, branches, device=str(device.device))
+def test_a_layers_edges_err_at_most_twice_as_much_as_pytorch_in_bf16(
+    device: Device, n: int, branches: bool, bits: tuple[int, int]
+) -> None:
+    packed, linears, norms = layer(True, branches, device=str(device.device), bits=bits)
     g = torch.Generator().manual_seed(n)
     counts = torch.randint(1, n + 1, (50,), generator=g).tolist()
     x = inputs(counts, n)

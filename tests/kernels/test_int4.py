@@ -23,7 +23,7 @@ BOTH = pytest.mark.parametrize("arch", ["89", "90a"])
 
 def emulator(arch: str, shared_bytes: int = 101376) -> Emulator:
     native = {"NATIVE": int(arch == "89")}
-    return Emulator({"int4": native, "int4_narrow": native}, arch=arch, shared_bytes=shared_bytes)
+    return Emulator({"int4": native, "int4_narrow": native, "int8_narrow": {"NATIVE": 0}}, arch=arch, shared_bytes=shared_bytes)
 
 
 def inputs(rows: int, width: int) -> Tensor:
@@ -36,10 +36,10 @@ def inputs(rows: int, width: int) -> Tensor:
     return x
 
 
-def weights(out: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(out + width)
-    codes = torch.randint(-8, 8, (out, width), generator=g).to(torch.int8)
-    codes[0] = -8
+def weights(out: int, width: int, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    g, most = torch.Generator().manual_seed(out + width), 2 ** (bits - 1)
+    codes = torch.randint(-most, most, (out, width), generator=g).to(torch.int8)
+    codes[0] = -most
     return codes, torch.rand(out, generator=g) + 0.01, torch.randn(out, generator=g)
 
 
@@ -56,17 +56,32 @@ def test_a_plain_product_is_its_twin_to_the_last_bit(arch: str, asymmetric: bool
     assert torch.equal(got, twin(x, codes, scale, bias, asymmetric=asymmetric))
 
 
+@EMULATED
 @pytest.mark.parametrize("asymmetric", [False, True])
-def test_the_twin_is_quant_linear_to_the_last_bit(asymmetric: bool) -> None:
-    recipe, x = get_recipe("rtn-w4a4"), inputs(33, 96).clamp(-1e18, 1e18)
+@pytest.mark.parametrize(("act_bits", "weight_bits"), [(8, 8), (8, 4), (8, 3), (6, 6), (5, 8)])
+@pytest.mark.parametrize(("rows", "width", "out"), [(7, 64, 128), (33, 128, 64), (18, 200, 64)])
+def test_so_is_one_of_inputs_of_5_to_8_bit(
+    asymmetric: bool, act_bits: int, weight_bits: int, rows: int, width: int, out: int
+) -> None:
+    (codes, scale, bias), x = weights(out, width, weight_bits), inputs(rows, width).clamp(-1e18, 1e18)
+    packed = pack(codes, scale, bias, asymmetric=asymmetric, act_bits=act_bits, weight_bits=weight_bits)
+    wanted = twin(x, codes, scale, bias, asymmetric=asymmetric, act_bits=act_bits)
+    assert torch.equal(int4_linear(x, packed, emulator("90a")), wanted)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_the_twin_is_quant_linear_to_the_last_bit(asymmetric: bool, bits: int) -> None:
+    recipe, x = get_recipe(f"rtn-w{bits}a{bits}"), inputs(33, 96).clamp(-1e18, 1e18)
     recipe = recipe.changed(act_asymmetric=asymmetric)
     torch.manual_seed(1)
     parts, bias = decompose(torch.randn(48, 96), recipe)[0], torch.randn(48)
     layer = QuantLinear.from_parts(parts, bias, recipe)
     assert layer.codes is not None and layer.scale is not None
-    assert torch.equal(twin(x, layer.codes.to(torch.int8), layer.scale, bias, asymmetric=asymmetric), layer(x))
-    q, _ = round_tokens(x, asymmetric)
-    assert (q.amax(1) - q.amin(1)).max() == (15 if asymmetric else 14)
+    codes = layer.codes.to(torch.int8)
+    assert torch.equal(twin(x, codes, layer.scale, bias, asymmetric=asymmetric, act_bits=bits), layer(x))
+    q, _ = round_tokens(x, asymmetric, bits)
+    assert (q.amax(1) - q.amin(1)).max() == 2**bits - (1 if asymmetric else 2)
 
 
 def method_layer(width: int, out: int) -> tuple[QuantLinear, Int4Linear, dict[str, object]]:
@@ -103,6 +118,23 @@ def test_the_published_method_errs_at_most_twice_as_much_as_pytorch_with_its_bra
     assert got.dtype == dtype
     assert (got.double() - exact).norm() <= 2 * (low.double() - exact).norm()
     assert (layer(x).double() - exact).norm() <= (2e-6 if dtype == torch.float32 else 4e-3) * exact.norm()
+    assert (got.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
+@EMULATED
+@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_branches_of_8_bit_err_at_most_twice_as_much_as_pytorch_in_bf16(width: int, weight_bits: int) -> None:
+    (codes, scale, bias), g = weights(64, width, weight_bits), torch.Generator().manual_seed(width)
+    scale, up, down = scale / 2**weight_bits, torch.randn(64, 8, generator=g), torch.randn(width, 8, generator=g)
+    x = torch.randn(37, width, generator=g) * (1 + 20 * (torch.rand(37, width, generator=g) < 0.02))
+    packed = pack(
+        codes, scale, bias, asymmetric=True, sigma=3.0, up=up, down=down, act_bits=8, weight_bits=weight_bits
+    )
+    given = {"asymmetric": True, "sigma": 3.0, "act_bits": 8, "side": up.bfloat16().float() @ down.bfloat16().float().T}
+    exact, low = (twin(x, codes, scale, bias, **given, dtype=kind) for kind in (torch.float64, torch.bfloat16))  # type: ignore[arg-type]
+    got = int4_linear(x, packed, emulator("90a"))
+    assert (got.double() - exact).norm() <= 2 * (low.double() - exact).norm()
     assert (got.double() - exact).norm() <= 4e-3 * exact.norm()
 
 
@@ -159,6 +191,9 @@ def test_what_it_cannot_take_is_refused_with_the_reason() -> None:
     assert "multiples of 64 output channels, not 12" in supports(12, 64)[1]
     assert "rank 32 at most of more than 256 channels, not 48" in supports(64, 320, rank=48)[1]
     assert supports(64, 256, rank=48) == (True, "")
+    assert supports(64, 256, act_bits=8, weight_bits=3) == (True, "")
+    assert "not 8 and 4" in supports(64, 64, weight_bits=8)[1]
+    assert "8 bit up to 256 channels, not 320" in supports(64, 320, act_bits=8)[1]
     assert "sm_75" in supports(64, 64, arch="75")[1]
     ok, reason = supports(64, 4096, branches=True, arch="89")
     assert not ok and "bytes of shared memory for 4096 input channels, sm_89 has 101376" in reason

@@ -32,6 +32,8 @@ KERNELS = {
     "int4": ("int4_linear", "int4_linear_asymmetric", "int4_long", "int4_long_asymmetric"),
     "int4_narrow": tuple(f"int4_{k}{kind}" for k in (64, 128, 256) for kind in ("", "_asymmetric")),
     "int4_edge": ("int4_edge", "int4_edge_asymmetric"),
+    "int8_narrow": tuple(f"int4_{k}{kind}" for k in (64, 128, 256) for kind in ("", "_asymmetric")),
+    "int8_edge": ("int4_edge", "int4_edge_asymmetric"),
 }
 HOPPER = {
     "edge_wg": ("edge_attend",),
@@ -110,6 +112,15 @@ def test_codes_of_4_bit_are_multiplied_as_they_are_but_on_hopper(source: str, ar
         products = {op: n for op, n in counts.items() if op.startswith("IMMA")}
         kind = "IMMA.16832.S8.S8" if arch == "90a" else f"IMMA.16864.{'U4' if 'asymmetric' in name else 'S4'}.S4"
         assert set(products) == {kind} and products[kind] >= 8, (name, products)
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("source", ["int8_narrow", "int8_edge"])
+def test_codes_of_8_bit_are_multiplied_as_they_are(source: str, arch: str, cache: Path) -> None:
+    for name, counts in opcodes(compiled(source, arch, 64, cache)).items():
+        products = {op: n for op, n in counts.items() if op.startswith("IMMA")}
+        kind = f"IMMA.16832.{'U8' if 'asymmetric' in name else 'S8'}.S8"
+        assert set(products) == {kind} and products[kind] >= 16, (name, products)
 
 
 @pytest.mark.parametrize("dy", [64, 128])

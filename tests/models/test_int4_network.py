@@ -50,16 +50,16 @@ def artifact() -> Artifact:
 
 
 @EMULATED
-@pytest.mark.parametrize("recipe", ["bitdgdm-w4a4-r16-s1", "bitdgdm-input-w4a4-r8"])
+@pytest.mark.parametrize("recipe", ["bitdgdm-w4a4-r16-s1", "bitdgdm-input-w4a4-r8", "gptq-asym-w8a8", "gptq-asym-w4a8", "rtn-w6a6"])
 def test_a_fused_network_says_what_quant_linear_says(recipe: str) -> None:
     artifact = one_layer(recipe)
     plain = apply(GraphTransformer(ONE_LAYER), artifact).eval()
     native = {"NATIVE": 1}
-    kinds = ("int4", "int4_narrow", "int4_edge")
-    launcher = Emulator({**dict.fromkeys(kinds, native), "features": {"ROWS": 9}}, arch="89", shared_bytes=101376)
+    kinds = {**dict.fromkeys(("int4", "int4_narrow", "int4_edge"), native), "int8_narrow": {"NATIVE": 0}, "int8_edge": {"NATIVE": 0}}
+    launcher = Emulator({**kinds, "features": {"ROWS": 9}}, arch="89", shared_bytes=101376)
     fused = fuse(copy.deepcopy(plain), artifact, launcher)
     assert sum(isinstance(m, Int4Layer) for m in fused.modules()) == len(artifact.layers) > 10
-    assert isinstance(fused.tf_layers[0], FusedEdges) == (recipe == "bitdgdm-w4a4-r16-s1")  # no launch has both ends of "input"
+    assert isinstance(fused.tf_layers[0], FusedEdges) == (recipe != "bitdgdm-input-w4a4-r8")  # no launch has both ends of "input"
 
     mask = torch.arange(9) < torch.tensor([[3], [9]])
     X = torch.eye(4)[torch.randint(4, (2, 9))] * mask[..., None]
@@ -89,9 +89,20 @@ def test_a_4_bit_artifact_runs_on_its_kernels_unless_fp32_is_asked_for_or_the_gp
         choose_engine(path, engine="kernels")
 
 
+def test_inputs_of_8_bit_run_on_the_kernels_by_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, path = one_layer("gptq-asym-w4a8"), tmp_path / "one.safetensors"
+    save_artifact(path, artifact.header, artifact.layers, artifact.kept)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(int4_network, "missing", lambda: "")
+    assert choose_engine(path).engine == "torch"
+    assert choose_engine(path, engine="kernels") == Choice("cuda", "fp32", "kernels", FUSED_LINEARS)
+
+
 def test_a_recipe_that_the_kernel_does_not_compute_is_refused_by_name() -> None:
     recipe = get_recipe("bitdgdm-w4a4-r16-s1")
     assert recipe_refusal(recipe) == "" == recipe_refusal(get_recipe("rtn-w4a4"))
-    assert "act_bits 4, recipe rtn-w8a8" in recipe_refusal(replace(get_recipe("rtn-w8a8"), weight_bits=4))
+    assert "not 8 and 4 of recipe" in recipe_refusal(replace(recipe, weight_bits=8))
+    assert recipe_refusal(get_recipe("gptq-asym-w3a8")) == "" == recipe_refusal(get_recipe("rtn-w8a8"))
     assert "rank 32 at most, not 48" in recipe_refusal(replace(recipe, rank=48))
     assert "columns 0" in recipe_refusal(replace(recipe, columns=4, column_choice="weight"))

@@ -38,3 +38,4 @@ inline void integer_product(int (&d)[4], const uint4& a, u32 b0, u32 b1) {
 DEV void mma_s4(int (&d)[4], const uint4& a, u32 b0, u32 b1) { emu::integer_product<4, true>(d, a, b0, b1); }
 DEV void mma_u4(int (&d)[4], const uint4& a, u32 b0, u32 b1) { emu::integer_product<4, false>(d, a, b0, b1); }
 DEV void mma_s8(int (&d)[4], const uint4& a, u32 b0, u32 b1) { emu::integer_product<8, true>(d, a, b0, b1); }
+DEV void mma_u8(int (&d)[4], const uint4& a, u32 b0, u32 b1) { emu::integer_product<8, false>(d, a, b0, b1); }

@@ -1,0 +1,3 @@
+// int4_narrow.cu for inputs of 5 to 8 bit.
+#define BYTES 1
+#include "int4_narrow.cu"
