@@ -36,14 +36,23 @@ def _carbons(count: int) -> Graphs:
     return Graphs(torch.ones(count, dtype=torch.int64), zeros[:, 0], zeros)
 
 
-def test_a_pool_that_lost_a_process_serves_the_next_attempt() -> None:
+def _server() -> psutil.Process:
+    return next(c for c in psutil.Process().children() if "forkserver" in " ".join(c.cmdline()))
+
+
+@pytest.mark.parametrize("lost", ["a process", "the server"])
+def test_a_pool_that_lost_a_process_serves_the_next_attempt(lost: str) -> None:
     scoring = Scoring(load_source("builtin:digress-qm9").config, None, "qed", False)
     scorer = Scorer(scoring, 2)
     expected = scoring.table(_carbons(300), 5)
     assert scorer.table(_carbons(300), 5) == expected
-    for child in psutil.Process().children():
-        if "forkserver" in " ".join(child.cmdline()):
+    if lost == "a process":
+        for child in _server().children():
             child.kill()
+    else:
+        server = _server()
+        server.kill()
+        os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)  # dead, and left for multiprocessing to find
     with pytest.raises(BrokenProcessPool):
         scorer.table(_carbons(300), 5)
     assert scorer.table(_carbons(300), 5) == expected
