@@ -19,7 +19,7 @@ from bitdgdm.models.distribution import Measure
 from bitdgdm.models.divergence import held_out_states
 from bitdgdm.models.engine import TorchEngine, load_engine
 from bitdgdm.models.held_out import held_out_smiles
-from bitdgdm.models.int4_network import Int4Layer
+from bitdgdm.models.int4_network import FusedEdges, Int4Layer
 from bitdgdm.models.novelty import BUILTIN, load_reference
 from bitdgdm.models.profile import Profile
 from bitdgdm.models.quality import quality
@@ -83,8 +83,10 @@ def _how(engine: Engine) -> str:
     if not isinstance(engine, TorchEngine):
         return "our kernels"
     kinds = {type(m) for m in engine._network.modules()}
-    if Int4Layer in kinds:
+    if FusedEdges in kinds:
         return "a launch for a layer's edges, one for each other Linear"
+    if Int4Layer in kinds:
+        return "one launch a Linear"
     return EMULATED if QuantLinear in kinds else "PyTorch"
 
 

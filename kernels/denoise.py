@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitdgdm.kernels.features import queue_features
 from bitdgdm.kernels.graphs import Layout, layout
 from bitdgdm.kernels.launch import Launcher
 from bitdgdm.kernels.network import Layer, Network
 
-_NODE, _TOTAL = 80, 40  # bytes of the structs of features.cu
 NODE_TILE = 16896  # bytes of shared memory for a query tile of node.cu
 ATTEND_F8_SHARED = 226048  # bytes of shared memory of edge_f8.cu
 GRAPH_SHARED = 64 * 1024 + 8 * 1024  # four warps' sums and y, for 64 graphs of 64 channels or 32 of 128
@@ -34,15 +34,6 @@ def attend_shared(steps: int) -> int:
 def node_tiles(shared_bytes: int) -> int:
     """Query tiles of a block of the node kernels of any GPU, for which there is shared memory."""
     return 8 if shared_bytes >= 8 * NODE_TILE else 4
-
-
-def features_shared(n_pad: int) -> tuple[int, int]:
-    """Warps a block and bytes a block."""
-    m = n_pad + n_pad % 2
-    graph = m * (m + 1) * 8 + m * _NODE + m * 8 + _TOTAL
-    warp = 32 // min(32, m) * graph
-    warps = max(1, min(4, 90_000 // warp))
-    return warps, warps * warp
 
 
 def pool_block(n_pad: int, shared_bytes: int) -> tuple[int, int, int, int]:
@@ -116,13 +107,9 @@ class Denoiser:
 
     def features(self, plain_x: Tensor | None = None, plain_y: Tensor | None = None) -> None:
         """Classes -> rows_in, graphs_in; also as float32[B, n_pad, channels], float32[B, channels] when given."""
-        at, s = self.layout, self.network.shape
-        warps, shared = features_shared(s.n_pad)
-        per_block = warps * (32 // min(32, s.n_pad + s.n_pad % 2))
-        self._run(
-            "features", "features", -(-at.count // per_block), warps * 32, shared,
-            self.x, self.e, at.graphs, self.noise.times, self.step, self.network.feature_table, self.rows_in,
-            self.graphs_in, plain_x, plain_y, at.count, s.n_pad, s.classes_x, int(s.molecular), warps,
+        queue_features(
+            self.launcher, self.network.shape, self.x, self.e, self.layout.graphs, self.noise.times, self.step,
+            self.network.feature_table, self.rows_in, self.graphs_in, plain_x, plain_y,
         )  # fmt: skip
 
     def inputs(self) -> None:

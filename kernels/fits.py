@@ -10,10 +10,10 @@ from bitdgdm.kernels.denoise import (
     NODE_TILE,
     attend_shared,
     attend_steps,
-    features_shared,
     node_tiles,
     pool_block,
 )  # fmt: skip
+from bitdgdm.kernels.features import features_shared
 from bitdgdm.kernels.network import Shape
 
 OLDEST = (8, 0)  # bf16 mma.sync and cp.async

@@ -171,13 +171,17 @@ def _choose(opened: _Opened, device: str, precision: str, engine: str) -> Choice
     if not reason:
         return Choice(kind, "bf16", "kernels", shortfall(opened.network))
     artifact = opened.artifact
-    # inputs of 8 bit by name only: those kernels have not been timed yet
-    asked = engine == "kernels" or (precision == "auto" and artifact is not None and artifact.header.recipe.act_bits == 4)
+    asked = engine == "kernels" or (precision == "auto" and artifact is not None and _all_of_4_bit(artifact))
     if asked and artifact is not None and not int4_refusal(artifact):
         return Choice(kind, plain, "kernels", FUSED_LINEARS)
     if engine == "kernels":
         raise KernelsUnavailable(reason)
     return Choice(kind, plain, "torch", f"not our kernels: {reason}")
+
+
+def _all_of_4_bit(artifact: Artifact) -> bool:
+    """Inputs of 8 bit run on the kernels by name only: those have not been timed yet."""
+    return all(artifact.header.recipe.for_layer(name).act_bits == 4 for name in artifact.layers)
 
 
 def _open(model: str | Path | SourceModel, digest: str | None) -> _Opened:

@@ -22,6 +22,7 @@ from bitdgdm.kernels.int4 import MOST_RANK, Int4Linear, int4_linear, pack, suppo
 from bitdgdm.kernels.int4_edge import Int4Edge, int4_edge, pack_edge
 from bitdgdm.kernels.int4_edge import supports as supports_edge
 from bitdgdm.kernels.launch import Device, Launcher, PyCudaMissing
+from bitdgdm.kernels.network import feature_table
 from bitdgdm.kernels.toolchain import missing
 from bitdgdm.models.digress import XEyTransformerLayer
 from bitdgdm.models.digress_config import DigressConfig
@@ -159,10 +160,11 @@ def fuse(network: nn.Module, artifact: Artifact, launcher: Launcher) -> nn.Modul
 def kernel_inputs(config: DigressConfig, launcher: Launcher) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
     """network_input whose features are one launch, if graphs are small enough for it."""
     shape = kernel_shape(config)
+    table = feature_table(shape).to(launcher.device)
 
     def inputs(X: Tensor, E: Tensor, t: Tensor, node_mask: Tensor) -> tuple[Tensor, ...]:
         x, e = (one_hot.argmax(-1).to(torch.uint8) for one_hot in (X, E))
-        rows, y = network_features(x, e, node_mask.sum(1), shape, launcher)
+        rows, y = network_features(x, e, node_mask.sum(1), table, shape, launcher)
         y[:, -1] = t
         return rows.to(X.dtype), E, y.to(X.dtype)
 

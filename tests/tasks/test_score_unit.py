@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import psutil
 import pytest
 import torch
 
+from bitdgdm.models import alerts
 from bitdgdm.models.sampler import Graphs
 from bitdgdm.models.source import load_source
-from bitdgdm.tasks.score_unit import Scorer, Scoring, to_shard
+from bitdgdm.tasks.score_unit import Scorer, Scoring, processes, to_shard
 
 PROGRAM = """
 import sys
@@ -56,6 +58,15 @@ def test_a_pool_that_lost_a_process_serves_the_next_attempt(lost: str) -> None:
     with pytest.raises(BrokenProcessPool):
         scorer.table(_carbons(300), 5)
     assert scorer.table(_carbons(300), 5) == expected
+
+
+def _screens_read() -> int:
+    return alerts._screen.cache_info().currsize
+
+
+def test_a_new_process_has_read_the_catalogues_of_alerts() -> None:
+    with ProcessPoolExecutor(1, processes()) as pool:
+        assert pool.submit(_screens_read).result() == 1
 
 
 def test_batches_that_are_scored_at_once_make_the_shard_of_the_whole() -> None:
